@@ -1,0 +1,55 @@
+"""Completes a few texts with a Llama model: python example_text_completion.py"""
+
+import logging
+
+import fire
+
+from llama import Llama
+from llama.default_model import default_checkpoint
+
+
+def main(
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    max_seq_len: int = 128,
+    max_gen_len: int = 64,
+    max_batch_size: int = 4,
+) -> None:
+    """Complete a few texts.
+
+    With no arguments this runs SmolLM2-135M-Instruct, which is fetched once. For a model on several GPUs or processes:
+    torchrun --nproc_per_node N example_text_completion.py --ckpt_dir ...
+
+    Args:
+        ckpt_dir: the checkpoint: a folder with *.pth files and params.json, or a GGUF file
+        tokenizer_path: the tokenizer's file, where it isn't with the checkpoint
+        temperature: how freely to draw; 0 always takes the likeliest token
+        top_p: draw from the likeliest tokens that together have this probability
+        max_seq_len: longest text, in tokens: prompt and completion together
+        max_gen_len: longest completion, in tokens
+        max_batch_size: most texts at a time
+    """
+    generator = Llama.build(
+        ckpt_dir=ckpt_dir or default_checkpoint(),
+        tokenizer_path=tokenizer_path,
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+    )
+    prompts = [
+        "I believe the meaning of life is",
+        "Simply put, the theory of relativity states that",
+        "A short list of things to take on a walk in the rain:\n1. An umbrella\n2.",
+        "Once upon a time, in a library that nobody had visited for a hundred years,",
+    ]
+    for start in range(0, len(prompts), max_batch_size):
+        batch = prompts[start : start + max_batch_size]
+        results = generator.text_completion(batch, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
+        for prompt, result in zip(batch, results, strict=True):
+            print(f"{prompt}\n> {result['generation']}\n\n==================================\n")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    fire.Fire(main)

@@ -1,0 +1,180 @@
+"""Chat prompts: a dialog in, the token ids that its model was trained on out.
+
+The control tokens go in as ids, and what people write is always encoded as plain text, so that no message can open a
+turn of its own.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict, get_args
+
+from llama.errors import InputError
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Message(TypedDict):
+    """One turn: who speaks, and what."""
+
+    role: Role
+    content: str
+
+
+Dialog = Sequence[Message]
+
+
+class ChatFormat:
+    """Turns a dialog into the prompt that asks for the assistant's next message.
+
+    `ChatFormat(tokenizer)` gives the format of the tokenizer's model: `Llama3Format` if it has
+    `<|start_header_id|>`, `ChatMLFormat` if it has `<|im_start|>`, and `Llama2Format` if it has no special tokens.
+
+    Args:
+        tokenizer: a `Tokenizer`, or anything with its `encode` and, but for Llama 2, `special_tokens`.
+
+    Raises:
+        InputError: the tokenizer has special tokens, but those of no known format.
+    """
+
+    def __new__(cls, tokenizer: Any) -> "ChatFormat":
+        if cls is ChatFormat:
+            special = getattr(tokenizer, "special_tokens", None)
+            if not special:
+                cls = Llama2Format
+            elif "<|start_header_id|>" in special:
+                cls = Llama3Format
+            elif "<|im_start|>" in special:
+                cls = ChatMLFormat
+            else:
+                raise InputError(
+                    "no chat format is known for this tokenizer: it has neither <|start_header_id|> nor <|im_start|>; "
+                    "pass a formatter to Llama(model, tokenizer, formatter=…)"
+                )
+        return super().__new__(cls)
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def encode_header(self, message: Message) -> list[int]:
+        """The tokens that open a message: who speaks."""
+        raise NotImplementedError(f"{type(self).__name__} has no headers")
+
+    def encode_message(self, message: Message) -> list[int]:
+        """The tokens of one whole message."""
+        raise NotImplementedError(f"{type(self).__name__} encodes whole turns")
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        """The tokens of a dialog, up to where the assistant's next message begins.
+
+        Raises:
+            InputError: an empty dialog, an unknown role, or an order of roles that the format can't express.
+        """
+        raise NotImplementedError
+
+    def refusal(self, dialog: Dialog) -> str | None:
+        """What to answer in place of the model, if the dialog can't be put to it."""
+        return None
+
+    def _text(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, bos=False, eos=False)
+
+
+class Llama3Format(ChatFormat):
+    """begin_of_text, then for each message: start_header role end_header, a blank line, the content, eot."""
+
+    def encode_header(self, message: Message) -> list[int]:
+        special = self.tokenizer.special_tokens
+        role = self._text(message["role"])
+        return [special["<|start_header_id|>"], *role, special["<|end_header_id|>"], *self._text("\n\n")]
+
+    def encode_message(self, message: Message) -> list[int]:
+        content = self._text(message["content"].strip())
+        return [*self.encode_header(message), *content, self.tokenizer.special_tokens["<|eot_id|>"]]
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        check_dialog(dialog)
+        ids = [self.tokenizer.special_tokens["<|begin_of_text|>"]]
+        for message in dialog:
+            ids += self.encode_message(message)
+        return ids + self.encode_header({"role": "assistant", "content": ""})
+
+
+class ChatMLFormat(ChatFormat):
+    """For each message: im_start, the role, a new line, the content, im_end, a new line.
+
+    A dialog without a system message gets the one that the file's chat template gives it, if any.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer)
+        default = re.search(
+            r"\[0\]\['role'\] != 'system'.*?<\|im_start\|>system(?:\n|\\n)(.*?)<\|im_end\|>",
+            getattr(tokenizer, "chat_template", None) or "",
+            re.DOTALL,
+        )
+        self.default_system = default[1] if default else None
+
+    def encode_header(self, message: Message) -> list[int]:
+        return [self.tokenizer.special_tokens["<|im_start|>"], *self._text(message["role"] + "\n")]
+
+    def encode_message(self, message: Message) -> list[int]:
+        special = self.tokenizer.special_tokens
+        # Role and content are one text: white space at the content's start may share a token with the new line.
+        text = self._text(message["role"] + "\n" + message["content"])
+        return [special["<|im_start|>"], *text, special["<|im_end|>"], *self._text("\n")]
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        check_dialog(dialog)
+        ids: list[int] = []
+        if self.default_system is not None and dialog[0]["role"] != "system":
+            ids += self.encode_message({"role": "system", "content": self.default_system})
+        for message in dialog:
+            ids += self.encode_message(message)
+        return ids + self.encode_header({"role": "assistant", "content": ""})
+
+
+class Llama2Format(ChatFormat):
+    """Each answered turn on its own as `[INST] user [/INST] answer `, between BOS and EOS; then the open `[INST]`.
+
+    A system message is folded into the first user message.
+    """
+
+    TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+    REFUSAL = "Error: special tags are not allowed as part of the prompt."
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        check_dialog(dialog)
+        roles = [message["role"] for message in dialog]
+        turns = [message["content"] for message in dialog]
+        if roles[0] == "system":
+            roles, system = roles[1:], turns.pop(0)
+            turns[:1] = [f"<<SYS>>\n{system}\n<</SYS>>\n\n{user}" for user in turns[:1]]
+        if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
+            raise InputError(
+                f"roles {[message['role'] for message in dialog]}: Llama 2 takes an optional system message, then user "
+                f"and assistant by turns, ending with user"
+            )
+        ids: list[int] = []
+        for user, answer in zip(turns[:-1:2], turns[1::2], strict=True):
+            turn = f"[INST] {user.strip()} [/INST] {answer.strip()} "
+            ids += self.tokenizer.encode(turn, bos=True, eos=True)
+        return ids + self.tokenizer.encode(f"[INST] {turns[-1].strip()} [/INST]", bos=True, eos=False)
+
+    def refusal(self, dialog: Dialog) -> str | None:
+        unsafe = any(tag in message["content"] for message in dialog for tag in self.TAGS)
+        return self.REFUSAL if unsafe else None
+
+
+def check_dialog(dialog: Dialog) -> None:
+    """Raise InputError if `dialog` is no list of messages with known roles and text."""
+    if isinstance(dialog, str | Mapping) or not isinstance(dialog, Sequence):
+        raise InputError(f"a dialog is a list of messages, not {dialog!r:.80}; chat_completion takes a list of dialogs")
+    if not dialog:
+        raise InputError("an empty dialog: it needs at least one message")
+    for number, message in enumerate(dialog):
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str) or "role" not in message:
+            raise InputError(f"message {number}, {message!r:.80}, must be {{'role': …, 'content': text}}")
+        if message["role"] not in get_args(Role):
+            raise InputError(
+                f"message {number}: unknown role {message['role']!r}; the roles are {list(get_args(Role))}"
+            )

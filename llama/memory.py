@@ -1,0 +1,104 @@
+"""Memory: what a model takes, what to say when there isn't enough, and which number format suits a device."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
+import torch
+
+from llama.checkpoint import parameter_shapes, split_axis
+from llama.model import ModelArgs
+from llama.parallel import model_parallel_size
+
+logger = logging.getLogger("llama")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes in it, else float16 on CUDA and float32 on the CPU."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "mps":
+        return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float32
+    flags = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch can't tell
+    computes = any(flags.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+    return torch.bfloat16 if computes else torch.float32
+
+
+def weight_bytes(args: ModelArgs, dtype: torch.dtype, size: int) -> int:
+    """Bytes of weights on each of `size` model-parallel processes."""
+    numbers = 0
+    for name, shape in parameter_shapes(args).items():
+        shares = 1 if split_axis(name) is None else size
+        if name.endswith(("wk.weight", "wv.weight")):
+            shares = min(size, args.kv_heads)  # a kv head isn't split further
+        numbers += prod(shape) // shares
+    return numbers * dtype.itemsize
+
+
+def cache_bytes(args: ModelArgs, dtype: torch.dtype, size: int) -> int:
+    """Bytes of the KV cache on each of `size` model-parallel processes."""
+    positions = args.max_batch_size * args.max_seq_len
+    return 2 * args.n_layers * positions * max(args.kv_heads // size, 1) * args.head_size * dtype.itemsize
+
+
+def describe(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> str:
+    """What a model takes, in words."""
+    size = model_parallel_size()
+    return (
+        f"{weight_bytes(args, dtype, size) / 1e9:.2f} GB of weights and {cache_bytes(args, dtype, size) / 1e9:.2f} GB of "
+        f"KV cache (max_batch_size={args.max_batch_size} x max_seq_len={args.max_seq_len}) in "
+        f"{str(dtype).removeprefix('torch.')} on {device}" + (f", on each of {size} processes" if size > 1 else "")
+    )
+
+
+def report(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
+    """Log what a model is about to take; on the CPU, compare it with what is free.
+
+    The system ends a process that takes more than there is without a word of why, so that comes first. Weights may be
+    mapped from their files rather than held, so those only get a warning.
+
+    Raises:
+        MemoryError: the KV cache alone is larger than the free memory.
+    """
+    logger.info(describe(args, device, dtype))
+    free = free_host_memory() if device.type == "cpu" else None
+    if free is not None:
+        processes, size = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), model_parallel_size()
+        cache = processes * cache_bytes(args, dtype, size)
+        if cache > free:
+            raise MemoryError(f"{too_large(args, device, dtype)} ({free / 1e9:.2f} GB are free)")
+        if cache + processes * weight_bytes(args, dtype, size) > free:
+            logger.warning("only %.2f GB of memory are free; %s", free / 1e9, describe(args, device, dtype))
+
+
+def free_host_memory() -> int | None:
+    """Bytes of memory that can be had without swapping, or None where the system doesn't tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def too_large(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> str:
+    """The message of a MemoryError: what was asked for, and what to change."""
+    smaller = "a 16-bit dtype, or " if dtype.itemsize > 2 else ""
+    return (
+        f"not enough memory for {describe(args, device, dtype)}: build with {smaller}a lower max_batch_size or "
+        f"max_seq_len, or over more processes"
+    )
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Turn torch's several ways of running out of memory into a MemoryError that says what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        words = ("out of memory", "allocate memory", "not enough memory")
+        if isinstance(error, MemoryError) or any(word in str(error) for word in words):
+            raise MemoryError(too_large(args, device, dtype)) from error
+        raise

@@ -1,0 +1,387 @@
+"""The network: token ids in, logits out.
+
+    tokens -> tok_embeddings -> n_layers x [attention, feed_forward] -> norm -> output -> logits
+
+Words for the dimensions, the same throughout: `batch` rows, `seq` tokens of this call, `end` tokens that can be
+attended to (the cache's and this call's), `dim` features, `n_heads` query heads, `n_kv_heads` key/value heads,
+`head_dim` features a head. Under tensor parallelism a process holds its share of the heads, the feed-forward width
+and the words; the `n_local_` counts are that share.
+
+Sources: Llama 2 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783).
+"""
+
+import math
+from dataclasses import KW_ONLY, dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llama.errors import InputError
+from llama.parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, model_parallel_size
+
+
+@dataclass
+class ModelArgs:
+    """The sizes of a model, by the names that `params.json` uses. The first eleven are the reference's."""
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None  # None: as many as n_heads
+    vocab_size: int = -1  # set from the tokenizer
+    multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of this
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 500000
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
+    _: KW_ONLY
+    use_scaled_rope: bool = False  # Llama 3.1 and later; the next four say how
+    rope_scaling_factor: float = 8.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_max_seq_len: int = 8192
+    ffn_dim: int | None = None  # the feed-forward width itself, where the rule can't express it
+    head_dim: int | None = None  # None: dim / n_heads
+    tie_embeddings: bool = False  # output.weight is tok_embeddings.weight
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.dim // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def ffn_size(self) -> int:
+        if self.ffn_dim is not None:
+            return self.ffn_dim
+        return feed_forward_size(4 * self.dim, self.multiple_of, self.ffn_dim_multiplier)
+
+    def check(self, model_parallel_size: int = 1) -> None:
+        """Raise InputError if no network of these sizes can be made, or not on this many processes."""
+        for name in ("dim", "n_layers", "n_heads", "kv_heads", "vocab_size", "head_size", "ffn_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1, in {self}")
+        for name in ("max_batch_size", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.head_dim is None and self.dim % self.n_heads:
+            raise InputError(f"dim={self.dim} must be a multiple of n_heads={self.n_heads}, or head_dim be given")
+        if self.head_size % 2:
+            raise InputError(f"the head size, {self.head_size}, must be even: rotary embedding turns pairs")
+        if self.n_heads % self.kv_heads:
+            raise InputError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.kv_heads}")
+        if not self._fits(model_parallel_size):
+            sizes = [size for size in range(1, self.n_heads + 1) if self._fits(size)]
+            raise InputError(
+                f"this model can't be split over {model_parallel_size} processes, only over one of {sizes}: each needs "
+                f"an equal share of n_heads={self.n_heads}, n_kv_heads={self.kv_heads} (or kv heads held by several "
+                f"processes), feed-forward width {self.ffn_size} and vocab_size={self.vocab_size}"
+            )
+
+    def _fits(self, size: int) -> bool:
+        shared_heads = self.kv_heads % size == 0 or size % self.kv_heads == 0
+        return shared_heads and not (self.n_heads % size or self.ffn_size % size or self.vocab_size % size)
+
+
+def feed_forward_size(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
+    """The width of SwiGLU: two thirds of `hidden_dim` (it has three matrices, not two), scaled, rounded up."""
+    hidden_dim = int(2 * hidden_dim / 3)
+    if ffn_dim_multiplier is not None:
+        hidden_dim = int(ffn_dim_multiplier * hidden_dim)
+    return multiple_of * math.ceil(hidden_dim / multiple_of)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.type_as(x) * self.weight
+
+
+def precompute_freqs_cis(
+    dim: int,
+    end: int,
+    theta: float = 10000.0,
+    use_scaled: bool = False,
+    *,
+    scaling_factor: float = 8.0,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0,
+    original_max_seq_len: int = 8192,
+) -> torch.Tensor:
+    """The rotations of rotary embedding (arXiv 2104.09864): e^(i pos theta^(-2j/dim)).
+
+    With `use_scaled`, Llama 3.1's stretching to longer contexts: a frequency whose wavelength is longer than
+    `original_max_seq_len / low_freq_factor` is divided by `scaling_factor`, one whose wavelength is shorter than
+    `original_max_seq_len / high_freq_factor` stays, and between them the two are blended.
+
+    Args:
+        dim: features a head.
+        end: number of positions.
+
+    Returns:
+        complex64 (end, dim / 2), on the CPU.
+    """
+    freqs = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)  # (dim / 2)
+    if use_scaled:
+        turns = original_max_seq_len * freqs / (2 * math.pi)  # that fit into the original context
+        keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+        freqs = (1 - keep) * freqs / scaling_factor + keep * freqs
+    angles = torch.outer(torch.arange(end, dtype=torch.float32, device="cpu"), freqs)  # (end, dim / 2)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def reshape_for_broadcast(freqs_cis: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Give `freqs_cis`, (seq, head_dim / 2) or (batch, seq, head_dim / 2), room for the heads of x.
+
+    Args:
+        x: (batch, seq, heads, head_dim / 2)
+    """
+    if freqs_cis.shape[-2:] != (x.shape[1], x.shape[-1]):
+        raise InputError(f"rotations of shape {tuple(freqs_cis.shape)} don't fit a tensor of shape {tuple(x.shape)}")
+    return freqs_cis.unsqueeze(-2)  # (..., seq, 1, head_dim / 2)
+
+
+def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn each pair of neighbouring features (2j, 2j + 1) by its position's angle, in float32.
+
+    Hugging Face pairs feature j with j + head_dim / 2 instead, which is why its wq and wk have their rows in another
+    order.
+
+    Args:
+        xq: (batch, seq, n_heads, head_dim)
+        xk: (batch, seq, n_kv_heads, head_dim)
+        freqs_cis: the rotations of these positions: (seq, head_dim / 2), or with a batch dimension before.
+
+    Returns:
+        xq and xk, turned; shapes and dtypes as they came.
+    """
+
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (batch, seq, heads, head_dim / 2)
+        return torch.view_as_real(pairs * reshape_for_broadcast(freqs_cis, pairs)).flatten(-2).type_as(x)
+
+    return turn(xq), turn(xk)
+
+
+def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
+    """Each kv head `n_rep` times in a row: (batch, seq, n_kv_heads, head_dim) -> (batch, seq, n_kv_heads * n_rep, ...).
+
+    This is what grouped queries mean. `Attention` gets the same result without the copies.
+    """
+    return x.repeat_interleave(n_rep, dim=2)
+
+
+class Span(NamedTuple):
+    """Where the tokens of one call stand in their sequences: worked out once, used by every layer."""
+
+    freqs_cis: torch.Tensor  # their rotations: (seq, head_dim / 2), or (batch, seq, head_dim / 2)
+    slots: tuple[slice | torch.Tensor, ...]  # index into (batch, seq, ...) of a layer's cache
+    end: int  # how far the row that reads furthest reads
+    mask: torch.Tensor | None  # (1 or batch, 1, seq, end), True: may attend. None: to all up to itself
+
+
+class KVCache:
+    """The keys and values of every token read so far, so that each token passes through the network once.
+
+    Its memory is taken when it is made: 2 x n_layers x batch x max_seq_len x n_kv_heads x head_dim numbers.
+    """
+
+    def __init__(self, args: ModelArgs, n_local_kv_heads: int, *, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (args.n_layers, args.max_batch_size, args.max_seq_len, n_local_kv_heads, args.head_size)
+        with torch.inference_mode(False):  # tensors born in inference mode could not be written to outside of it
+            # Zeros, since slots not yet written are masked by a weight of 0, and 0 times leftover NaNs would be NaN.
+            self.keys = torch.zeros(shape, device=device, dtype=dtype)
+            self.values = torch.zeros_like(self.keys)
+
+    def update(
+        self, layer_id: int, span: Span, xk: torch.Tensor, xv: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store a layer's new keys and values, (batch, seq, n_kv_heads, head_dim); return all there are, (batch, end, ...)."""
+        batch = xk.shape[0]
+        self.keys[layer_id][span.slots] = xk
+        self.values[layer_id][span.slots] = xv
+        return self.keys[layer_id, :batch, : span.end], self.values[layer_id, :batch, : span.end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries (arXiv 2305.13245): query head i reads kv head i // n_rep."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        size = model_parallel_size()
+        self.head_dim = args.head_size
+        self.n_local_heads = args.n_heads // size
+        self.n_local_kv_heads = max(args.kv_heads // size, 1)  # more processes than kv heads: several hold the same one
+        self.n_rep = self.n_local_heads // self.n_local_kv_heads
+        self.wq = ColumnParallelLinear(args.dim, args.n_heads * self.head_dim)
+        self.wk = ColumnParallelLinear(args.dim, self.n_local_kv_heads * size * self.head_dim)
+        self.wv = ColumnParallelLinear(args.dim, self.n_local_kv_heads * size * self.head_dim)
+        self.wo = RowParallelLinear(args.n_heads * self.head_dim, args.dim)
+
+    def forward(self, x: torch.Tensor, span: Span, cache: KVCache | None, layer_id: int) -> torch.Tensor:
+        batch, seq, _ = x.shape  # (batch, seq, dim)
+        xq = self.wq(x).view(batch, seq, self.n_local_heads, self.head_dim)
+        xk = self.wk(x).view(batch, seq, self.n_local_kv_heads, self.head_dim)
+        xv = self.wv(x).view(batch, seq, self.n_local_kv_heads, self.head_dim)
+        xq, xk = apply_rotary_emb(xq, xk, span.freqs_cis)
+        if cache is not None:
+            xk, xv = cache.update(layer_id, span, xk, xv)  # (batch, end, n_local_kv_heads, head_dim)
+        xq, xk, xv = xq.transpose(1, 2), xk.transpose(1, 2), xv.transpose(1, 2)  # (batch, heads, seq or end, head_dim)
+
+        if span.mask is None and seq > 1:
+            out = F.scaled_dot_product_attention(xq, xk, xv, is_causal=True, enable_gqa=self.n_rep > 1)
+        else:
+            # The n_rep query heads that share a kv head are laid as rows of one head: plain attention, on any device.
+            rows = xq.reshape(batch, self.n_local_kv_heads, self.n_rep * seq, self.head_dim)
+            mask = None if span.mask is None else span.mask.repeat(1, 1, self.n_rep, 1)
+            out = F.scaled_dot_product_attention(rows, xk, xv, attn_mask=mask).view_as(xq)
+        return self.wo(out.transpose(1, 2).flatten(2))  # (batch, n_local_heads, seq, head_dim) -> (batch, seq, dim)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x) (arXiv 2002.05202).
+
+    Args:
+        hidden_dim: the width, before the rule of `feed_forward_size`; with multiple_of=None, the width itself.
+    """
+
+    def __init__(
+        self, dim: int, hidden_dim: int, multiple_of: int | None = None, ffn_dim_multiplier: float | None = None
+    ) -> None:
+        super().__init__()
+        if multiple_of is not None:
+            hidden_dim = feed_forward_size(hidden_dim, multiple_of, ffn_dim_multiplier)
+        self.w1 = ColumnParallelLinear(dim, hidden_dim)
+        self.w2 = RowParallelLinear(hidden_dim, dim)
+        self.w3 = ColumnParallelLinear(dim, hidden_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """One layer: attention, then feed-forward, each on a normed copy of the stream that it is added to."""
+
+    def __init__(self, layer_id: int, args: ModelArgs) -> None:
+        super().__init__()
+        self.layer_id = layer_id
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args.dim, args.ffn_size)
+        self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
+
+    def forward(self, x: torch.Tensor, span: Span, cache: KVCache | None) -> torch.Tensor:
+        h = x + self.attention(self.attention_norm(x), span, cache, self.layer_id)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Transformer(nn.Module):
+    """The whole network, with a KV cache that is made at the first call that needs it.
+
+    Args:
+        params: the sizes. Under a model-parallel group this process gets its share of every matrix.
+
+    Raises:
+        InputError: sizes that don't fit each other, or the number of processes.
+    """
+
+    def __init__(self, params: ModelArgs) -> None:
+        super().__init__()
+        params.check(model_parallel_size())
+        self.params = params
+        self.vocab_size = params.vocab_size
+        self.n_layers = params.n_layers
+        self.tok_embeddings = VocabParallelEmbedding(params.vocab_size, params.dim)
+        self.layers = nn.ModuleList(TransformerBlock(layer_id, params) for layer_id in range(params.n_layers))
+        self.norm = RMSNorm(params.dim, eps=params.norm_eps)
+        self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
+        if params.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        # No buffer: `.half()` or `.to(bfloat16)` would cast it, and it isn't part of a checkpoint.
+        self.freqs_cis = precompute_freqs_cis(
+            params.head_size,
+            params.max_seq_len,
+            params.rope_theta,
+            params.use_scaled_rope,
+            scaling_factor=params.rope_scaling_factor,
+            low_freq_factor=params.rope_low_freq_factor,
+            high_freq_factor=params.rope_high_freq_factor,
+            original_max_seq_len=params.rope_original_max_seq_len,
+        )
+        self.cache: KVCache | None = None
+
+    def forward(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of the token after each of `tokens`.
+
+        Args:
+            tokens: (batch, seq) int64.
+            start_pos: the position of each row's first token: an int, or (batch,) int64 where rows differ (best on the
+                CPU: the largest one is needed there). The keys and values of what came before are taken from the
+                cache, and those of `tokens` put into it, without gradients. None: `tokens` are whole sequences, no
+                cache is read or written, and gradients flow.
+
+        Returns:
+            (batch, seq, vocab_size) float32.
+
+        Raises:
+            InputError: more rows or positions than `max_batch_size` or `max_seq_len`.
+        """
+        return self.logits(self.hidden_states(tokens, start_pos))
+
+    def hidden_states(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None = None) -> torch.Tensor:
+        """`forward` up to the last norm: (batch, seq, dim). `logits` of some positions of it is the rest."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and start_pos is None):
+            h = self.tok_embeddings(tokens)  # (batch, seq, dim)
+            span = self._span(tokens, start_pos)
+            cache = None if start_pos is None else self.setup_cache()
+            for layer in self.layers:
+                h = layer(h, span, cache)
+            return self.norm(h)
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., dim) -> (..., vocab_size) float32."""
+        return self.output(hidden_states).float()
+
+    def setup_cache(self) -> KVCache:
+        """The cache, made now if there is none yet, or if the model has since changed its device or dtype."""
+        weight = self.norm.weight
+        if self.cache is None or (self.cache.keys.device, self.cache.keys.dtype) != (weight.device, weight.dtype):
+            self.cache = None  # its memory goes before new memory is taken
+            n_local_kv_heads = self.layers[0].attention.n_local_kv_heads
+            self.cache = KVCache(self.params, n_local_kv_heads, device=weight.device, dtype=weight.dtype)
+        return self.cache
+
+    def _span(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None) -> Span:
+        (batch, seq), device = tokens.shape, tokens.device
+        start = 0 if start_pos is None else start_pos
+        end = (int(start.max()) if isinstance(start, torch.Tensor) else start) + seq
+        if end > self.params.max_seq_len:
+            raise InputError(f"position {end - 1} is past the end: max_seq_len={self.params.max_seq_len}")
+        if start_pos is not None and batch > self.params.max_batch_size:
+            raise InputError(f"{batch} rows are more than max_batch_size={self.params.max_batch_size}")
+        if self.freqs_cis.device != device:
+            with torch.inference_mode(False):
+                self.freqs_cis = self.freqs_cis.to(device)
+
+        if isinstance(start, torch.Tensor):
+            positions = start.to(device)[:, None] + torch.arange(seq, device=device)  # (batch, seq)
+            mask = torch.arange(end, device=device) <= positions[:, None, :, None]  # (batch, 1, seq, end)
+            rows = torch.arange(batch, device=device)[:, None]
+            return Span(self.freqs_cis[positions], (rows, positions), end, mask)
+        mask = None
+        if start > 0 and seq > 1:  # later chunk: query i stands at start + i
+            mask = torch.ones(seq, end, dtype=torch.bool, device=device).tril(start)[None, None]  # (1, 1, seq, end)
+        return Span(self.freqs_cis[start:end], (slice(batch), slice(start, end)), end, mask)

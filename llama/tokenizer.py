@@ -1,0 +1,210 @@
+"""Text to token ids and back: one interface over Llama 3's, Llama 2's and byte-level vocabularies."""
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import regex
+import tiktoken
+from sentencepiece import SentencePieceProcessor
+
+from llama.chat import ChatFormat, Dialog, Message, Role
+from llama.errors import CheckpointError, InputError
+from llama.files import first_bytes, require_path
+from llama.gguf_file import GGUFFile
+from llama.vocabulary import Vocabulary, read_gguf, read_tiktoken
+
+__all__ = ["ChatFormat", "Dialog", "Message", "Role", "Tokenizer"]
+
+# tiktoken's regular expression engine gives up on texts and runs far longer than these.
+MAX_TEXT = 400_000
+MAX_RUN = 25_000
+
+
+class Tokenizer:
+    """Turns text into token ids and back.
+
+    Args:
+        model_path: a `tokenizer.model` of Llama 3 (tiktoken ranks) or Llama 2 (sentencepiece), or a `*.gguf` file that
+            carries a byte-level vocabulary; told apart by looking at the file.
+
+    Attributes:
+        n_words: number of tokens.
+        bos_id, eos_id: the ids that begin (None if there is none) and end a text.
+        pad_id: -1; no model ever sees it.
+        stop_tokens: the ids at which generation ends.
+        special_tokens: name -> id of the tokens that no plain text encodes to (empty for Llama 2).
+        add_bos: whether a text to complete starts with BOS.
+        chat_template: the Jinja template the file carries, or None.
+
+    Raises:
+        MissingFileError: no such file.
+        CheckpointError: not a tokenizer, or a damaged one.
+    """
+
+    def __init__(self, model_path: str | Path | GGUFFile) -> None:
+        engine = _open(model_path)
+        self.model = engine.model
+        self.n_words: int = engine.n_words
+        self.bos_id: int | None = engine.bos_id
+        self.eos_id: int = engine.eos_id
+        self.pad_id: int = -1
+        self.stop_tokens: set[int] = set(engine.stop_tokens)
+        self.special_tokens: dict[str, int] = dict(engine.special_tokens)
+        self.add_bos: bool = engine.add_bos
+        self.chat_template: str | None = engine.chat_template
+        self._engine = engine
+
+    def encode(
+        self,
+        s: str,
+        bos: bool,
+        eos: bool,
+        allowed_special: Literal["all"] | Collection[str] = (),
+        disallowed_special: Literal["all"] | Collection[str] = (),
+    ) -> list[int]:
+        """Token ids of a text. Every string encodes, whatever it holds.
+
+        Args:
+            s: the text.
+            bos: put the beginning-of-text token before it.
+            eos: put the end-of-text token after it.
+            allowed_special: special tokens that `s` may spell out; others are plain text. (Not for Llama 2.)
+            disallowed_special: special tokens that raise ValueError when `s` spells them out. (Not for Llama 2.)
+
+        Raises:
+            InputError: `s` is no string, or `bos` is asked of a vocabulary that has none.
+        """
+        if not isinstance(s, str):
+            raise InputError(f"encode takes a str, not {type(s).__name__}: {s!r:.80}")
+        text = s.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a surrogate pair becomes U+FFFD
+        ids = self._engine.encode(text, allowed_special, disallowed_special)
+        if bos:
+            if self.bos_id is None:
+                raise InputError("bos=True, but this vocabulary has no beginning-of-text token")
+            ids.insert(0, self.bos_id)
+        if eos:
+            ids.append(self.eos_id)
+        return ids
+
+    def decode(self, t: Sequence[int]) -> str:
+        """The text of token ids; bytes that are not UTF-8 (a character cut in two) become U+FFFD.
+
+        Raises:
+            InputError: an id outside the vocabulary.
+        """
+        ids = [int(i) for i in t]
+        for i in ids:
+            if not 0 <= i < self.n_words:
+                raise InputError(f"token id {i} is outside the vocabulary of {self.n_words} tokens")
+        return self._engine.decode(ids)
+
+
+def _open(model_path: str | Path | GGUFFile) -> "_BytePairs | _SentencePieces":
+    """The engine for a file, told by its first bytes."""
+    if isinstance(model_path, GGUFFile):
+        return _BytePairs(read_gguf(model_path))
+    path = require_path(model_path, "tokenizer_path")
+    head = first_bytes(path)
+    if head.startswith(b"GGUF"):
+        return _BytePairs(read_gguf(GGUFFile(path)))
+    if head.lstrip().startswith(b"{"):
+        raise CheckpointError(f"{path} is JSON; a tokenizer.model or a GGUF file is needed")
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", head):
+        return _BytePairs(read_tiktoken(path))
+    return _SentencePieces(path)
+
+
+class _BytePairs:
+    """Byte-pair encoding by tiktoken."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
+        self.stop_tokens, self.special_tokens = vocabulary.stop_tokens, vocabulary.special_tokens
+        self.add_bos, self.chat_template = vocabulary.add_bos, vocabulary.chat_template
+        self.n_words = 1 + max(*vocabulary.ranks.values(), *vocabulary.special_tokens.values())
+        self.model = tiktoken.Encoding(
+            name="llama",
+            pat_str=vocabulary.pattern,
+            mergeable_ranks=vocabulary.ranks,
+            special_tokens=vocabulary.special_tokens,
+        )
+        self._pattern = regex.compile(vocabulary.pattern)
+        # Bytes that some vocabularies (SmolLM2's) have no token for: dropped, as Hugging Face does. tiktoken panics.
+        self._no_token = bytes(byte for byte in range(256) if bytes([byte]) not in vocabulary.ranks)
+
+    def encode(
+        self, text: str, allowed: Literal["all"] | Collection[str], disallowed: Literal["all"] | Collection[str]
+    ) -> list[int]:
+        allowed_special = set(self.special_tokens) if allowed == "all" else set(allowed)
+        raw = text.encode()
+        if len(raw.translate(None, self._no_token)) < len(raw):
+            return self._encode_dropping(text, allowed_special)
+        ids: list[int] = []
+        for piece in split_long(text):
+            ids += self.model.encode(
+                piece,
+                allowed_special=allowed_special,
+                disallowed_special=disallowed if disallowed == "all" else set(disallowed),
+            )
+        return ids
+
+    def _encode_dropping(self, text: str, allowed_special: set[str]) -> list[int]:
+        """Encode a text with bytes that have no token: its neighbours merge as if such a byte weren't there."""
+        ids: list[int] = []
+        names = "|".join(re.escape(name) for name in sorted(allowed_special, key=len, reverse=True))
+        for part in re.split(f"({names})", text) if names else [text]:
+            if part in allowed_special:
+                ids.append(self.special_tokens[part])
+                continue
+            for stretch in split_long(part):
+                for piece in self._pattern.findall(stretch):
+                    known = piece.encode().translate(None, self._no_token)
+                    if known:
+                        ids += self.model._encode_single_piece(known)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids)
+
+
+class _SentencePieces:
+    """Llama 2's sentencepiece model."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.model = SentencePieceProcessor(model_proto=path.read_bytes())
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{path} is neither a sentencepiece model (Llama 2), nor lines of base64 tokens and ranks (Llama 3), "
+                f"nor GGUF: {error}"
+            ) from error
+        self.n_words: int = self.model.vocab_size()
+        self.bos_id: int | None = self.model.bos_id()
+        self.eos_id: int = self.model.eos_id()
+        self.stop_tokens = {self.eos_id}
+        self.special_tokens: dict[str, int] = {}
+        self.add_bos, self.chat_template = True, None
+
+    def encode(
+        self, text: str, allowed: Literal["all"] | Collection[str], disallowed: Literal["all"] | Collection[str]
+    ) -> list[int]:
+        if allowed or disallowed:
+            raise InputError("allowed_special and disallowed_special don't apply to a sentencepiece vocabulary")
+        return self.model.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids)
+
+
+def split_long(text: str) -> Iterator[str]:
+    """Cut a text into pieces of at most MAX_TEXT characters, without a run of over MAX_RUN spaces or non-spaces."""
+    for begin in range(0, len(text), MAX_TEXT):
+        block = text[begin : begin + MAX_TEXT]
+        start = 0
+        for run in re.finditer(r"\s+|\S+", block) if len(block) > MAX_RUN else ():
+            for cut in range(run.start() + MAX_RUN, run.end(), MAX_RUN):
+                yield block[start:cut]
+                start = cut
+        yield block[start:]
