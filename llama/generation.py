@@ -6,12 +6,10 @@
 """
 
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -20,6 +18,7 @@ import torch
 from llama import parallel
 from llama.chat import ChatFormat, Dialog, Message, Role
 from llama.checkpoint import load_model, open_checkpoint
+from llama.checks import check_prompts, check_sampling, explain_non_finite
 from llama.errors import InputError
 from llama.memory import default_dtype, explain_out_of_memory, report
 from llama.model import Transformer
@@ -161,19 +160,27 @@ class Llama:
             InputError: an argument out of range; the message says which, and what is right.
             ArithmeticError: the network computed something that is no finite number.
         """
-        prompts = self._check(prompt_tokens, max_gen_len, temperature, top_p)
+        check_sampling(max_gen_len, temperature, top_p)
+        vocab_size = getattr(self.model.params, "vocab_size", -1)
+        prompts = check_prompts(
+            prompt_tokens,
+            self.model.params.max_batch_size,
+            self.model.params.max_seq_len,
+            vocab_size if vocab_size > 0 else getattr(self.tokenizer, "n_words", sys.maxsize),
+        )
         tokens = [list(prompt) if echo else [] for prompt in prompts]
         scores: list[list[float]] = [[] for _ in prompts]
         rooms = [min(max_gen_len, self.model.params.max_seq_len - len(prompt)) for prompt in prompts]
         with torch.no_grad():
             if max(rooms) > 0 or (echo and logprobs):
                 hidden, head = self._read(prompts)
-                if echo and logprobs:
-                    scores = self._score(prompts, hidden, head)
                 rows = torch.arange(len(prompts), device=hidden.device)
                 last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=hidden.device)
                 logits = head(hidden[rows, last])  # (batch, vocab_size)
-                del hidden  # another's model gave the logits of every position
+                if echo and logprobs:
+                    block = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+                    scores = [self._score(prompt, hidden[row], head, block) for row, prompt in enumerate(prompts)]
+                del hidden  # of a model that isn't ours, these are the logits of every position
                 for drawn in self._decode(prompts, logits, rooms, temperature, top_p, logprobs):
                     tokens[drawn.row].append(drawn.token)
                     if drawn.logprob is not None:
@@ -197,19 +204,14 @@ class Llama:
         return self.model.forward(tokens, 0), torch.Tensor.float
 
     def _score(
-        self, prompts: list[list[int]], hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]
-    ) -> list[list[float]]:
-        """The logprob of each token of each prompt, given those before it."""
-        scores: list[list[float]] = []
-        for prompt, row in zip(prompts, hidden, strict=True):
-            ids = torch.tensor(prompt[1:], dtype=torch.long, device=hidden.device)
-            known: list[float] = [0.0]
-            vocab_size = head(row[:1]).shape[-1]
-            block = max(1, LOGITS_AT_ONCE // vocab_size)
-            for start in range(0, len(ids), block):
-                targets = ids[start : start + block]
-                known += token_logprobs(head(row[start : start + len(targets)]), targets).tolist()
-            scores.append(known)
+        self, prompt: list[int], hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], block: int
+    ) -> list[float]:
+        """The logprob of each token of a prompt, given those before it, from the logits of `block` positions a time."""
+        ids = torch.tensor(prompt, dtype=torch.long, device=hidden.device)
+        scores = [0.0]  # nothing stands before the first
+        for start in range(0, len(prompt) - 1, block):
+            targets = ids[1 + start : 1 + start + block]
+            scores += token_logprobs(head(hidden[start : start + len(targets)]), targets).tolist()
         return scores
 
     def _decode(
@@ -230,8 +232,11 @@ class Llama:
         """
         stop_tokens = self._stop_tokens
         lengths = [len(prompt) for prompt in prompts]
-        # Rows of one length share one position, which stays a plain int; others are told apart, on the CPU.
-        start_pos: int | torch.Tensor = lengths[0] if len(set(lengths)) == 1 else torch.tensor(lengths)
+        last_pos = self.model.params.max_seq_len - 1
+        # Rows of one length share one position, which stays a plain int; others have one each, on the CPU.
+        start_pos: int | torch.Tensor = lengths[0]
+        if len(set(lengths)) > 1:
+            start_pos = torch.tensor(lengths).clamp(max=last_pos)
         alive = [room > 0 for room in rooms]
         for step in range(max(rooms)):
             ids = parallel.same_on_all_ranks(next_tokens(logits, temperature, top_p))  # (batch)
@@ -240,7 +245,7 @@ class Llama:
                 if not alive[row]:
                     continue
                 if token == -1:
-                    raise ArithmeticError(self._explain_non_finite(prompts[row]))
+                    raise ArithmeticError(explain_non_finite(self.model, prompts[row]))
                 alive[row] = token not in stop_tokens
                 if alive[row]:
                     yield Drawn(row, token, scores[row])
@@ -251,7 +256,7 @@ class Llama:
             if isinstance(start_pos, int):
                 start_pos += 1
             else:  # a row at the end of the context has ended, and waits there
-                start_pos = (start_pos + 1).clamp(max=self.model.params.max_seq_len - 1)
+                start_pos = (start_pos + 1).clamp(max=last_pos)
 
     def text_completion(
         self,
@@ -336,63 +341,3 @@ class Llama:
         """Where the model's weights are; a scripted model may have none."""
         parameters = self.model.parameters() if hasattr(self.model, "parameters") else iter(())
         return next((parameter.device for parameter in parameters), torch.device("cpu"))
-
-    def _check(
-        self, prompt_tokens: Sequence[Sequence[int]], max_gen_len: int, temperature: float, top_p: float
-    ) -> list[list[int]]:
-        """The prompts as lists, after every argument was found right."""
-        params = self.model.params
-        if not isinstance(temperature, (int, float)) or not math.isfinite(temperature) or temperature < 0:
-            raise InputError(f"temperature={temperature!r} must be a number of at least 0")
-        if 0 < temperature < 1e-30:
-            raise InputError(f"temperature={temperature!r} is too small to divide by; 0 takes the likeliest token")
-        if not isinstance(top_p, (int, float)) or not 0 <= top_p <= 1:
-            raise InputError(f"top_p={top_p!r} must be between 0 and 1")
-        if not isinstance(max_gen_len, int) or max_gen_len < 0:
-            raise InputError(f"max_gen_len={max_gen_len!r} must be a whole number of at least 0")
-        try:
-            prompts = [[index(token) for token in prompt] for prompt in prompt_tokens]
-        except TypeError as error:
-            raise InputError(f"prompt_tokens must be lists of token ids: {error}") from error
-        if not prompts:
-            raise InputError("an empty batch: at least one prompt is needed")
-        if len(prompts) > params.max_batch_size:
-            raise InputError(
-                f"{len(prompts)} prompts given, but max_batch_size={params.max_batch_size}: give fewer at a time, or "
-                f"build with a larger max_batch_size"
-            )
-        vocab_size = getattr(params, "vocab_size", -1)
-        vocab_size = getattr(self.tokenizer, "n_words", sys.maxsize) if vocab_size < 1 else vocab_size
-        for row, prompt in enumerate(prompts):
-            if not prompt:
-                raise InputError(f"prompt {row} is empty: it needs at least one token")
-            if len(prompt) > params.max_seq_len:
-                raise InputError(
-                    f"prompt {row} has {len(prompt)} tokens, but max_seq_len={params.max_seq_len}: shorten it, or "
-                    f"build with a larger max_seq_len"
-                )
-            outside = [token for token in prompt if not 0 <= token < vocab_size]
-            if outside:
-                raise InputError(
-                    f"prompt {row} holds {outside[0]}, which is outside the vocabulary of {vocab_size} tokens"
-                )
-        return prompts
-
-    def _explain_non_finite(self, prompt: list[int]) -> str:
-        """Which layer first computes NaN or infinity on this prompt, for an error message."""
-        message = "the network computed NaN or infinity"
-        if isinstance(self.model, Transformer):
-            bad: list[int] = []
-
-            def look(layer: Any, _inputs: Any, output: torch.Tensor) -> None:
-                if not output.isfinite().all():
-                    bad.append(layer.layer_id)
-
-            hooks = [layer.register_forward_hook(look) for layer in self.model.layers]
-            self.model.hidden_states(torch.tensor([prompt], device=self._device))
-            for hook in hooks:
-                hook.remove()
-            dtype = str(self.model.norm.weight.dtype).removeprefix("torch.")
-            where = f"first in layer {bad[0]} of {self.model.n_layers}" if bad else "after the last layer"
-            message += f", {where}, in {dtype}"
-        return f"{message}: if the weights are sound, build with dtype=torch.bfloat16 or torch.float32"

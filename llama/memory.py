@@ -22,7 +22,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
         return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float32
-    flags = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch can't tell
+    flags: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch can't tell
     computes = any(flags.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
     return torch.bfloat16 if computes else torch.float32
 
@@ -47,10 +47,11 @@ def cache_bytes(args: ModelArgs, dtype: torch.dtype, size: int) -> int:
 def describe(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> str:
     """What a model takes, in words."""
     size = model_parallel_size()
+    weights, cache = weight_bytes(args, dtype, size) / 1e9, cache_bytes(args, dtype, size) / 1e9
     return (
-        f"{weight_bytes(args, dtype, size) / 1e9:.2f} GB of weights and {cache_bytes(args, dtype, size) / 1e9:.2f} GB of "
-        f"KV cache (max_batch_size={args.max_batch_size} x max_seq_len={args.max_seq_len}) in "
-        f"{str(dtype).removeprefix('torch.')} on {device}" + (f", on each of {size} processes" if size > 1 else "")
+        f"{weights:.2f} GB of weights and {cache:.2f} GB of KV cache (max_batch_size={args.max_batch_size} x "
+        f"max_seq_len={args.max_seq_len}) in {str(dtype).removeprefix('torch.')} on {device}"
+        + (f", on each of {size} processes" if size > 1 else "")
     )
 
 

@@ -199,7 +199,8 @@ class KVCache:
     Its memory is taken when it is made: 2 x n_layers x batch x max_seq_len x n_kv_heads x head_dim numbers.
     """
 
-    def __init__(self, args: ModelArgs, n_local_kv_heads: int, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, args: ModelArgs, *, device: torch.device, dtype: torch.dtype) -> None:
+        n_local_kv_heads = max(args.kv_heads // model_parallel_size(), 1)
         shape = (args.n_layers, args.max_batch_size, args.max_seq_len, n_local_kv_heads, args.head_size)
         with torch.inference_mode(False):  # tensors born in inference mode could not be written to outside of it
             # Zeros, since slots not yet written are masked by a weight of 0, and 0 times leftover NaNs would be NaN.
@@ -209,7 +210,7 @@ class KVCache:
     def update(
         self, layer_id: int, span: Span, xk: torch.Tensor, xv: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store a layer's new keys and values, (batch, seq, n_kv_heads, head_dim); return all there are, (batch, end, ...)."""
+        """Store a layer's new keys and values, (batch, seq, n_kv_heads, head_dim); return all, (batch, end, ...)."""
         batch = xk.shape[0]
         self.keys[layer_id][span.slots] = xk
         self.values[layer_id][span.slots] = xv
@@ -360,8 +361,7 @@ class Transformer(nn.Module):
         weight = self.norm.weight
         if self.cache is None or (self.cache.keys.device, self.cache.keys.dtype) != (weight.device, weight.dtype):
             self.cache = None  # its memory goes before new memory is taken
-            n_local_kv_heads = self.layers[0].attention.n_local_kv_heads
-            self.cache = KVCache(self.params, n_local_kv_heads, device=weight.device, dtype=weight.dtype)
+            self.cache = KVCache(self.params, device=weight.device, dtype=weight.dtype)
         return self.cache
 
     def _span(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None) -> Span:
@@ -378,10 +378,10 @@ class Transformer(nn.Module):
 
         if isinstance(start, torch.Tensor):
             positions = start.to(device)[:, None] + torch.arange(seq, device=device)  # (batch, seq)
-            mask = torch.arange(end, device=device) <= positions[:, None, :, None]  # (batch, 1, seq, end)
+            visible = torch.arange(end, device=device) <= positions[:, None, :, None]  # (batch, 1, seq, end)
             rows = torch.arange(batch, device=device)[:, None]
-            return Span(self.freqs_cis[positions], (rows, positions), end, mask)
-        mask = None
+            return Span(self.freqs_cis[positions], (rows, positions), end, visible)
+        mask: torch.Tensor | None = None
         if start > 0 and seq > 1:  # later chunk: query i stands at start + i
             mask = torch.ones(seq, end, dtype=torch.bool, device=device).tril(start)[None, None]  # (1, 1, seq, end)
         return Span(self.freqs_cis[start:end], (slice(batch), slice(start, end)), end, mask)

@@ -97,7 +97,7 @@ def silence_stdout() -> None:
     """
     if dist.is_initialized() and dist.get_rank() > 0:
         restore_stdout()  # so that building twice silences once
-        nowhere = _silence.enter_context(open(os.devnull, "w"))
+        nowhere = _silence.enter_context(open(os.devnull, "w"))  # noqa: SIM115 - closed by the stack
         _silence.enter_context(contextlib.redirect_stdout(nowhere))
 
 

@@ -1,0 +1,357 @@
+"""The network: parity with Hugging Face's, and the contract of `forward`."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+import transformers
+from conftest import strong, tiny_args, tiny_model
+
+from llama.model import (
+    Attention,
+    FeedForward,
+    ModelArgs,
+    RMSNorm,
+    Transformer,
+    TransformerBlock,
+    apply_rotary_emb,
+    precompute_freqs_cis,
+    repeat_kv,
+    reshape_for_broadcast,
+)
+
+SEQ = 80
+
+
+def random_tokens(model: Transformer, batch: int = 2, seq: int = SEQ, seed: int = 1) -> torch.Tensor:
+    return torch.randint(model.vocab_size, (batch, seq), generator=torch.Generator().manual_seed(seed))
+
+
+def hugging_face_twin(model: Transformer) -> transformers.LlamaForCausalLM:
+    """Hugging Face's network with the same weights."""
+    args = model.params
+    rope = {"rope_type": "default", "rope_theta": args.rope_theta}
+    if args.use_scaled_rope:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": args.rope_scaling_factor,
+            "low_freq_factor": args.rope_low_freq_factor,
+            "high_freq_factor": args.rope_high_freq_factor,
+            "original_max_position_embeddings": args.rope_original_max_seq_len,
+        }
+    config = transformers.LlamaConfig(
+        hidden_size=args.dim,
+        intermediate_size=args.ffn_size,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.kv_heads,
+        head_dim=args.head_size,
+        vocab_size=args.vocab_size,
+        rms_norm_eps=args.norm_eps,
+        max_position_embeddings=131072,
+        rope_parameters=rope,
+        tie_word_embeddings=args.tie_embeddings,
+        attn_implementation="eager",
+    )
+    twin = transformers.LlamaForCausalLM(config).eval()
+    ours = model.state_dict()
+
+    def half_split(weight: torch.Tensor) -> torch.Tensor:
+        return weight.unflatten(0, (-1, args.head_size // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+    theirs = {"model.embed_tokens.weight": ours["tok_embeddings.weight"], "model.norm.weight": ours["norm.weight"]}
+    theirs["lm_head.weight"] = ours["output.weight"]
+    for i in range(args.n_layers):
+        us, them = f"layers.{i}.", f"model.layers.{i}."
+        theirs[them + "self_attn.q_proj.weight"] = half_split(ours[us + "attention.wq.weight"])
+        theirs[them + "self_attn.k_proj.weight"] = half_split(ours[us + "attention.wk.weight"])
+        theirs[them + "self_attn.v_proj.weight"] = ours[us + "attention.wv.weight"]
+        theirs[them + "self_attn.o_proj.weight"] = ours[us + "attention.wo.weight"]
+        theirs[them + "mlp.gate_proj.weight"] = ours[us + "feed_forward.w1.weight"]
+        theirs[them + "mlp.down_proj.weight"] = ours[us + "feed_forward.w2.weight"]
+        theirs[them + "mlp.up_proj.weight"] = ours[us + "feed_forward.w3.weight"]
+        theirs[them + "input_layernorm.weight"] = ours[us + "attention_norm.weight"]
+        theirs[them + "post_attention_layernorm.weight"] = ours[us + "ffn_norm.weight"]
+    twin.load_state_dict(theirs)
+    return twin
+
+
+VARIANTS = {
+    "grouped": {},
+    "no groups": {"n_kv_heads": None},
+    "one kv head": {"n_kv_heads": 1},
+    "rope theta of Llama 2": {"rope_theta": 10000.0},
+    "scaled rope": {"use_scaled_rope": True, "rope_original_max_seq_len": 64},
+    "scaled rope, factor 32": {"use_scaled_rope": True, "rope_original_max_seq_len": 64, "rope_scaling_factor": 32.0},
+    "tied": {"tie_embeddings": True},
+    "own head size and width": {"head_dim": 48, "ffn_dim": 200},
+    "odd sizes": {"dim": 96, "n_heads": 3, "n_kv_heads": 3, "norm_eps": 0.1, "multiple_of": 10},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@torch.no_grad()
+def test_logits_equal_hugging_face(changes):
+    model = tiny_model(**changes)
+    tokens = random_tokens(model)
+    theirs = hugging_face_twin(model)(tokens).logits
+    assert theirs.std() > 1  # else nothing would be shown
+    for ours in (model(tokens), model(tokens, 0)):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("part", ["rotation", "scaling", "groups", "eps"])
+@torch.no_grad()
+def test_parity_would_notice(part):
+    """The parity test can fail: with one part of the network changed, the logits are far from what they were."""
+    args = tiny_args(use_scaled_rope=True, rope_original_max_seq_len=64)
+    model = strong(Transformer(args))
+    tokens = random_tokens(model)
+    right = model(tokens)
+    if part == "rotation":
+        model.freqs_cis = torch.ones_like(model.freqs_cis)
+    elif part == "scaling":
+        other = Transformer(replace(args, rope_scaling_factor=32.0))
+        model.freqs_cis = other.freqs_cis
+    elif part == "groups":
+        for layer in model.layers:
+            layer.attention.wk.weight.copy_(layer.attention.wk.weight.roll(args.head_size, 0))
+    else:
+        model.norm.eps = 0.1
+    assert (model(tokens) - right).abs().max() > 20 * 1e-4
+
+
+@torch.no_grad()
+def test_any_chunks_at_any_position():
+    model = tiny_model()
+    tokens = random_tokens(model)
+    whole = model(tokens)
+    for cuts in ([0, 1, 2, 3, SEQ], [0, 40, SEQ], [0, 7, 30, 31, 64, SEQ], list(range(SEQ + 1))):
+        chunks = [model(tokens[:, a:b], a) for a, b in pairwise(cuts)]
+        assert torch.allclose(torch.cat(chunks, 1), whole, atol=1e-4), cuts
+    # going back to an earlier position reads only what comes before it
+    assert torch.allclose(model(tokens[:, 20:40], 20), whole[:, 20:40], atol=1e-4)
+
+
+@torch.no_grad()
+def test_fewer_rows_than_before_read_their_own_cache():
+    model = tiny_model()
+    tokens = random_tokens(model, batch=4)
+    whole = model(tokens)
+    model(tokens[:, :50], 0)
+    assert torch.allclose(model(tokens[:2, 50:], 50), whole[:2, 50:], atol=1e-4)
+
+
+@pytest.mark.parametrize("seq", [1, 5])
+@torch.no_grad()
+def test_a_position_for_each_row(seq):
+    model = tiny_model()
+    tokens = random_tokens(model, batch=3)
+    whole = model(tokens)
+    start = torch.tensor([4, 70, 33])
+    model(tokens[:, :70], 0)
+    model.cache.keys[:, 0, 4:] = 1e4  # what lies behind a row's position is never read
+    model.cache.values[:, 0, 4:] = 1e4
+    rows = torch.arange(3)[:, None]
+    positions = start[:, None] + torch.arange(seq)
+    assert torch.allclose(model(tokens[rows, positions], start), whole[rows, positions], atol=1e-4)
+
+
+def test_gradients_flow_without_a_cache_and_match_hugging_face():
+    model = tiny_model()
+    twin = hugging_face_twin(model)
+    tokens = random_tokens(model)
+    for network in (model, twin):
+        logits = network(tokens) if network is model else network(tokens).logits
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    assert model.cache is None
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in model.parameters())
+    for ours, theirs in (
+        (model.tok_embeddings.weight, twin.model.embed_tokens.weight),
+        (model.layers[0].feed_forward.w2.weight, twin.model.layers[0].mlp.down_proj.weight),
+        (model.layers[1].attention.wv.weight, twin.model.layers[1].self_attn.v_proj.weight),
+        (model.layers[0].attention_norm.weight, twin.model.layers[0].input_layernorm.weight),
+    ):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_with_a_cache_no_gradients_and_training_after_generating():
+    model = tiny_model()
+    tokens = random_tokens(model)
+    with torch.inference_mode():
+        model(tokens[:, :10], 0)  # makes the cache here, which must not spoil it for what follows
+    assert not model.hidden_states(tokens[:, 10:], 10).requires_grad
+    model(tokens).sum().backward()
+    assert model.norm.weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@torch.no_grad()
+def test_dtype_follows_the_model(dtype):
+    model = tiny_model()
+    tokens = random_tokens(model)
+    single = model(tokens, 0)
+    table = model.freqs_cis.clone()
+    model.to(dtype)
+    logits = model(tokens, 0)
+    assert logits.dtype == torch.float32
+    assert model.cache.keys.dtype == model.cache.values.dtype == dtype
+    assert model.freqs_cis.dtype == torch.complex64
+    assert torch.equal(model.freqs_cis, table)
+    error = (logits - single).abs().mean()
+    assert error < (1e-5 if dtype == torch.float64 else 0.05 * single.std())  # 16-bit weights are rounded
+
+
+def test_state_dict_has_the_checkpoint_names_and_nothing_else():
+    model = tiny_model(n_layers=1)
+    model(random_tokens(model), 0)
+    assert set(model.state_dict()) == {
+        "tok_embeddings.weight",
+        *(f"layers.0.attention.{w}.weight" for w in ("wq", "wk", "wv", "wo")),
+        *(f"layers.0.feed_forward.{w}.weight" for w in ("w1", "w2", "w3")),
+        "layers.0.attention_norm.weight",
+        "layers.0.ffn_norm.weight",
+        "norm.weight",
+        "output.weight",
+    }
+
+
+def test_cache_has_the_promised_size():
+    model = tiny_model()
+    cache = model.setup_cache()
+    args = model.params
+    positions = args.max_batch_size * args.max_seq_len
+    assert cache.keys.numel() == args.n_layers * positions * args.n_kv_heads * args.head_size
+    assert model.setup_cache() is cache
+
+
+@pytest.mark.parametrize(
+    ("model", "width"),
+    [
+        ({"dim": 4096, "multiple_of": 256}, 11008),  # Llama 2 7B
+        ({"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}, 28672),  # Llama 2 70B, Llama 3 70B
+        ({"dim": 4096, "multiple_of": 1024, "ffn_dim_multiplier": 1.3}, 14336),  # Llama 3 8B
+        ({"dim": 2048, "multiple_of": 256, "ffn_dim_multiplier": 1.5}, 8192),  # Llama 3.2 1B
+        ({"dim": 576, "ffn_dim": 1536}, 1536),  # SmolLM2
+    ],
+)
+def test_feed_forward_width(model, width):
+    assert ModelArgs(**model).ffn_size == width
+
+
+def test_model_args_order_and_defaults():
+    """Positional calls written for the reference stay right."""
+    args = ModelArgs(64, 1, 4, 2, 300, 32, 1.5, 1e-6, 10000.0, 3, 17)
+    assert (args.dim, args.n_layers, args.n_heads, args.n_kv_heads, args.vocab_size) == (64, 1, 4, 2, 300)
+    assert (args.multiple_of, args.ffn_dim_multiplier, args.norm_eps) == (32, 1.5, 1e-6)
+    assert (args.rope_theta, args.max_batch_size, args.max_seq_len) == (10000.0, 3, 17)
+    plain = ModelArgs()
+    assert (plain.dim, plain.n_layers, plain.n_heads, plain.n_kv_heads, plain.vocab_size) == (4096, 32, 32, None, -1)
+    assert (plain.rope_theta, plain.max_batch_size, plain.max_seq_len) == (500000, 32, 2048)
+    with pytest.raises(TypeError):
+        ModelArgs(64, 1, 4, 2, 300, 32, 1.5, 1e-6, 10000.0, 3, 17, True)
+
+
+def test_rms_norm():
+    norm = RMSNorm(8, eps=0.1)
+    torch.nn.init.uniform_(norm.weight)
+    x = torch.randn(3, 5, 8, dtype=torch.bfloat16)
+    want = x.double() / (x.double().square().mean(-1, keepdim=True) + 0.1).sqrt()
+    assert torch.allclose(norm(x).double(), want * norm.weight.double(), atol=0.02)
+    assert torch.equal(norm.to(torch.bfloat16)(x), want.bfloat16() * norm.weight)
+
+
+def test_rotation_table():
+    table = precompute_freqs_cis(64, 100, 10000.0)
+    assert table.shape == (100, 32)
+    assert table.dtype == torch.complex64
+    for pos, j in ((0, 0), (1, 0), (99, 31), (57, 11)):
+        angle = pos * 10000.0 ** (-2 * j / 64)
+        assert abs(table[pos, j].item() - complex(math.cos(angle), math.sin(angle))) < 1e-5
+
+
+def test_scaled_rotation_table():
+    """Each frequency is kept, divided or blended by its wavelength; written out one by one here."""
+    table = precompute_freqs_cis(128, 2, 500000.0, True, scaling_factor=8.0)
+    kinds = set()
+    for j in range(64):
+        freq = 500000.0 ** (-2 * j / 128)
+        wavelength = 2 * math.pi / freq
+        if wavelength > 8192 / 1:
+            want, kind = freq / 8, "divided"
+        elif wavelength < 8192 / 4:
+            want, kind = freq, "kept"
+        else:
+            s = (8192 / wavelength - 1) / (4 - 1)
+            want, kind = (1 - s) * freq / 8 + s * freq, "blended"
+        kinds.add(kind)
+        assert math.isclose(table[1, j].angle().item(), want, rel_tol=1e-5), (j, kind)
+    assert kinds == {"kept", "divided", "blended"}
+    assert torch.equal(precompute_freqs_cis(128, 2, 500000.0, True), table)  # Llama 3.1's numbers are the defaults
+
+
+def test_rotation_turns_neighbouring_pairs():
+    x = torch.zeros(1, 3, 1, 4)
+    x[0, :, 0, 2] = 1.0  # feature 2 pairs with feature 3
+    table = precompute_freqs_cis(4, 3)
+    turned, _ = apply_rotary_emb(x, x, table)
+    angle = torch.arange(3) * 10000.0 ** (-2 / 4)
+    assert torch.allclose(turned[0, :, 0], torch.stack([0 * angle, 0 * angle, angle.cos(), angle.sin()], 1))
+    assert reshape_for_broadcast(table, torch.zeros(1, 3, 1, 2)).shape[-3:] == (3, 1, 2)
+    with pytest.raises(ValueError, match=r"\(3, 2\).*\(1, 5, 1, 2\)"):
+        reshape_for_broadcast(table, torch.zeros(1, 5, 1, 2))
+
+
+def test_repeat_kv():
+    x = torch.randn(2, 3, 2, 4)
+    y = repeat_kv(x, 3)
+    assert y.shape == (2, 3, 6, 4)
+    assert all(torch.equal(y[:, :, i], x[:, :, i // 3]) for i in range(6))
+
+
+def test_parts_can_be_made_alone():
+    args = tiny_args()
+    assert Attention(args).wk.weight.shape == (64, 128)
+    assert FeedForward(64, 4 * 64, 32, None).w1.weight.shape == (192, 64)
+    assert TransformerBlock(0, args).feed_forward.w2.weight.shape == (128, args.ffn_size)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_heads": 3}, "dim=128 must be a multiple of n_heads=3"),
+        ({"n_heads": 4, "n_kv_heads": 3}, "n_heads=4 must be a multiple of n_kv_heads=3"),
+        ({"vocab_size": -1}, "vocab_size=-1 must be at least 1"),
+        ({"n_kv_heads": 0}, "kv_heads=0 must be at least 1"),
+        ({"head_dim": 33}, "33, must be even"),
+        ({"max_seq_len": 0}, "max_seq_len=0 must be at least 1"),
+        ({"max_batch_size": -3}, "max_batch_size=-3 must be at least 1"),
+    ],
+)
+def test_sizes_that_fit_no_network(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        Transformer(tiny_args(**changes))
+    assert isinstance(error.value, AssertionError)
+
+
+def test_past_the_caches_end():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="position 96 is past the end: max_seq_len=96"):
+        model(random_tokens(model, seq=1), 96)
+    with pytest.raises(ValueError, match="position 97 is past the end"):
+        model(random_tokens(model, seq=1), torch.tensor([3, 97]))
+    with pytest.raises(ValueError, match="5 rows are more than max_batch_size=4"):
+        model(random_tokens(model, batch=5), 0)
+    assert model(random_tokens(model, batch=5)).shape[0] == 5  # without a cache, any batch
+
+
+def test_meta_device_uses_no_memory():
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(n_kv_heads=8, vocab_size=128256, multiple_of=1024, ffn_dim_multiplier=1.3))
+    assert all(weight.is_meta for weight in model.parameters())
+    assert sum(weight.numel() for weight in model.parameters()) == 8030261248  # Llama 3 8B
+    assert model.freqs_cis.device.type == "cpu"
+    assert model.cache is None
