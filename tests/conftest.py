@@ -10,11 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
 from sentencepiece import SentencePieceTrainer
 
 from llama import ModelArgs, Tokenizer, Transformer
 from llama.checkpoint import split_axis
+from llama.default_model import default_checkpoint, fetch
+from llama.gguf_file import GGUFFile
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,6 +110,45 @@ def llama3_path(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def llama2_path(tmp_path_factory) -> Path:
     return write_llama2_tokenizer(tmp_path_factory.mktemp("llama2") / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def llama3(llama3_path):
+    return Tokenizer(llama3_path)
+
+
+@pytest.fixture(scope="session")
+def llama2(llama2_path):
+    return Tokenizer(llama2_path)
+
+
+@pytest.fixture(scope="session")
+def real_llama3_path():
+    digest = "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"
+    return fetch("llama-models==0.3.0", "llama_models/llama3/tokenizer.model", digest)
+
+
+@pytest.fixture(scope="session")
+def real_llama3(real_llama3_path):
+    return Tokenizer(real_llama3_path)
+
+
+@pytest.fixture(scope="session")
+def smollm():
+    return Tokenizer(default_checkpoint())
+
+
+@pytest.fixture(scope="session")
+def hugging_face_smollm():
+    """Hugging Face's engine over the same vocabulary."""
+    file = GGUFFile(default_checkpoint())
+    vocabulary = {token: i for i, token in enumerate(file.get("tokenizer.ggml.tokens", list))}
+    merges = [tuple(merge.split(" ")) for merge in file.get("tokenizer.ggml.merges", list)]
+    engine = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.Digits(True), tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return engine
 
 
 def write_meta_checkpoint(folder: Path, model: Transformer, tokenizer_path: Path, n_files: int = 1, **params) -> Path:
