@@ -58,6 +58,17 @@ def parameter_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def share(name: str, shape: tuple[int, ...], args: ModelArgs, rank: int, size: int) -> tuple[int | None, int, int]:
+    """What one of `size` model-parallel processes holds of a parameter: from where to where along which axis."""
+    axis = split_axis(name)
+    if axis is None:
+        return None, 0, 0  # whole
+    if name.endswith(("wk.weight", "wv.weight")) and size > args.kv_heads:
+        first = rank * args.kv_heads // size * args.head_size  # several processes hold the same kv head
+        return axis, first, first + args.head_size
+    return axis, rank * shape[axis] // size, (rank + 1) * shape[axis] // size
+
+
 class Checkpoint(ABC):
     """A model on disk.
 
@@ -79,7 +90,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def read(self, name: str, axis: int | None, start: int, stop: int) -> torch.Tensor:
-        """Tensor `name`, from `start` to `stop` along `axis`; whole where `axis` is None."""
+        """Tensor `name`, from `start` to `stop` along `axis`; whole if `axis` is None, as it is for those not split."""
 
     @abstractmethod
     def tokenizer(self) -> Tokenizer:
@@ -244,11 +255,11 @@ def open_pth(path: Path) -> Mapping[str, torch.Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # whatever a damaged or hostile zip or pickle makes the reader raise
-        forbidden = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        forbidden = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error))
         if forbidden:
             raise CheckpointError(
                 f"{path} would call {forbidden[1]} while it is read, which no file of weights needs: refused, not run"
-            ) from error
+            ) from None  # torch's own message tells how to run it
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is damaged or cut short: download it again ({type(error).__name__})"
         ) from error
@@ -315,7 +326,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def read(self, name: str, axis: int | None, start: int, stop: int) -> torch.Tensor:
         tensor = self._tensors[name]
-        rows = slice(start, stop) if axis == 0 else slice(None)
+        rows = slice(start, stop) if axis == 0 else slice(None)  # a block of quantized numbers lies within a row
         try:
             array = gguf.dequantize(tensor.data[rows], tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:
@@ -342,19 +353,10 @@ def load_model(checkpoint: Checkpoint, args: ModelArgs, *, device: torch.device,
     with torch.device("meta"):
         model = Transformer(args)
     weights = {}
-    for name in tqdm(
-        wanted, desc="loading", unit=" tensors", delay=1, leave=False, disable=None if rank == 0 else True
-    ):
-        start, stop = 0, wanted[name][0]
-        axis = split_axis(name) if size > 1 else None
-        if axis is not None:
-            length = wanted[name][axis]
-            if name.endswith(("wk.weight", "wv.weight")) and size > args.kv_heads:
-                start = rank * args.kv_heads // size * args.head_size  # this process's one kv head
-                stop = start + args.head_size
-            else:
-                start, stop = rank * length // size, (rank + 1) * length // size
-        weight = checkpoint.read(name, axis, start, stop).to(device=device, dtype=dtype).contiguous()
+    hidden = None if rank == 0 else True  # None: shown on a terminal alone
+    for name in tqdm(wanted, desc="loading", unit=" tensors", delay=1, leave=False, disable=hidden):
+        weight = checkpoint.read(name, *share(name, wanted[name], args, rank, size))
+        weight = weight.to(device=device, dtype=dtype).contiguous()
         weights[name] = nn.Parameter(weight)
     if args.tie_embeddings:
         weights["output.weight"] = weights["tok_embeddings.weight"]

@@ -63,10 +63,8 @@ class ModelArgs:
 
     def check(self, model_parallel_size: int = 1) -> None:
         """Raise InputError if no network of these sizes can be made, or not on this many processes."""
-        for name in ("dim", "n_layers", "n_heads", "kv_heads", "vocab_size", "head_size", "ffn_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1, in {self}")
-        for name in ("max_batch_size", "max_seq_len"):
+        sizes = ("dim", "n_layers", "n_heads", "kv_heads", "vocab_size", "head_size", "multiple_of", "ffn_size")
+        for name in (*sizes, "max_batch_size", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
         if self.head_dim is None and self.dim % self.n_heads:
@@ -76,11 +74,11 @@ class ModelArgs:
         if self.n_heads % self.kv_heads:
             raise InputError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.kv_heads}")
         if not self._fits(model_parallel_size):
-            sizes = [size for size in range(1, self.n_heads + 1) if self._fits(size)]
+            possible = [size for size in range(1, self.n_heads + 1) if self._fits(size)]
             raise InputError(
-                f"this model can't be split over {model_parallel_size} processes, only over one of {sizes}: each needs "
-                f"an equal share of n_heads={self.n_heads}, n_kv_heads={self.kv_heads} (or kv heads held by several "
-                f"processes), feed-forward width {self.ffn_size} and vocab_size={self.vocab_size}"
+                f"this model can't be split over {model_parallel_size} processes, only over one of {possible}: each "
+                f"needs an equal share of n_heads={self.n_heads}, n_kv_heads={self.kv_heads} (or several hold the same "
+                f"kv head), feed-forward width {self.ffn_size} and vocab_size={self.vocab_size}"
             )
 
     def _fits(self, size: int) -> bool:
