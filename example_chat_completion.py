@@ -42,10 +42,10 @@ def main(
             {"role": "user", "content": "What is so great about the first one?"},
         ],
         [
-            {"role": "system", "content": "You answer with a haiku."},
-            {"role": "user", "content": "How is the weather in autumn?"},
+            {"role": "system", "content": "You are a friendly gardener."},
+            {"role": "user", "content": "When should I water my tomatoes?"},
         ],
-        [{"role": "user", "content": "Write a short birthday message to my friend Anna, who likes to hike."}],
+        [{"role": "user", "content": "What is the capital of Italy?"}],
     ]
     for start in range(0, len(dialogs), max_batch_size):
         batch = dialogs[start : start + max_batch_size]

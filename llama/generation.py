@@ -236,7 +236,7 @@ class Llama:
         # Rows of one length share one position, which stays a plain int; others have one each, on the CPU.
         start_pos: int | torch.Tensor = lengths[0]
         if len(set(lengths)) > 1:
-            start_pos = torch.tensor(lengths).clamp(max=last_pos)
+            start_pos = torch.tensor(lengths, device="cpu").clamp(max=last_pos)
         alive = [room > 0 for room in rooms]
         for step in range(max(rooms)):
             ids = parallel.same_on_all_ranks(next_tokens(logits, temperature, top_p))  # (batch)

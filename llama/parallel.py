@@ -157,6 +157,10 @@ class VocabParallelEmbedding(nn.Embedding):
         self.size = size
         self.first = model_parallel_rank() * self.num_embeddings
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # there, torch would import its whole compiler to draw nothing
+            super().reset_parameters()
+
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         if self.size == 1:
             return super().forward(tokens)

