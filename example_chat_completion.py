@@ -42,8 +42,8 @@ def main(
             {"role": "user", "content": "What is so great about the first one?"},
         ],
         [
-            {"role": "system", "content": "You are a friendly gardener."},
-            {"role": "user", "content": "When should I water my tomatoes?"},
+            {"role": "system", "content": "You are a friendly pirate."},
+            {"role": "user", "content": "Introduce yourself in one sentence."},
         ],
         [{"role": "user", "content": "What is the capital of Italy?"}],
     ]
