@@ -146,10 +146,13 @@ def reshape_for_broadcast(freqs_cis: torch.Tensor, x: torch.Tensor) -> torch.Ten
 
     Args:
         x: (batch, seq, heads, head_dim / 2)
+
+    Returns:
+        (1 or batch, seq, 1, head_dim / 2)
     """
     if freqs_cis.shape[-2:] != (x.shape[1], x.shape[-1]):
         raise InputError(f"rotations of shape {tuple(freqs_cis.shape)} don't fit a tensor of shape {tuple(x.shape)}")
-    return freqs_cis.unsqueeze(-2)  # (..., seq, 1, head_dim / 2)
+    return (freqs_cis if freqs_cis.dim() == 3 else freqs_cis[None]).unsqueeze(2)
 
 
 def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -300,7 +300,8 @@ def test_rotation_turns_neighbouring_pairs():
     turned, _ = apply_rotary_emb(x, x, table)
     angle = torch.arange(3) * 10000.0 ** (-2 / 4)
     assert torch.allclose(turned[0, :, 0], torch.stack([0 * angle, 0 * angle, angle.cos(), angle.sin()], 1))
-    assert reshape_for_broadcast(table, torch.zeros(1, 3, 1, 2)).shape[-3:] == (3, 1, 2)
+    assert reshape_for_broadcast(table, torch.zeros(5, 3, 7, 2)).shape == (1, 3, 1, 2)
+    assert reshape_for_broadcast(table.expand(5, 3, 2), torch.zeros(5, 3, 7, 2)).shape == (5, 3, 1, 2)
     with pytest.raises(ValueError, match=r"\(3, 2\).*\(1, 5, 1, 2\)"):
         reshape_for_broadcast(table, torch.zeros(1, 5, 1, 2))
 
