@@ -198,6 +198,7 @@ def test_a_cache_larger_than_memory_is_refused_before_it_is_taken(tiny_checkpoin
     ) as error:
         Llama.build(tiny_checkpoint, None, 8192, 10**8, dtype=torch.float32)
     assert "build with a 16-bit dtype, or a lower max_batch_size or max_seq_len" in str(error.value)
+    assert "GB are free)" in str(error.value)  # found out before, not by running out
 
 
 def test_running_out_of_memory_says_what_to_lower(tiny_checkpoint, monkeypatch):
