@@ -6,7 +6,8 @@ next id), and `generation` (the decode loop), in this order.
 
 from llama.chat import ChatFormat, Dialog, Message, Role
 from llama.generation import ChatPrediction, CompletionPrediction, Llama
-from llama.model import ModelArgs, Transformer
+from llama.model import Transformer
+from llama.model_args import ModelArgs
 from llama.sampling import sample_top_p
 from llama.tokenizer import Tokenizer
 

@@ -36,7 +36,7 @@ class ChatFormat:
         InputError: the tokenizer has special tokens, but those of no known format.
     """
 
-    def __new__(cls, tokenizer: Any) -> "ChatFormat":
+    def __new__(cls, tokenizer: Any = None) -> "ChatFormat":  # None: a copy is being made
         if cls is ChatFormat:
             special = getattr(tokenizer, "special_tokens", None)
             if not special:

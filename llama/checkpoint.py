@@ -21,7 +21,8 @@ from tqdm import tqdm
 from llama.errors import CheckpointError, InputError, MissingFileError
 from llama.files import first_bytes, listing, require_path
 from llama.gguf_file import GGUFFile
-from llama.model import ModelArgs, Transformer
+from llama.model import Transformer
+from llama.model_args import ModelArgs
 from llama.parallel import model_parallel_rank, model_parallel_size
 from llama.tokenizer import Tokenizer
 
@@ -101,6 +102,7 @@ class Checkpoint(ABC):
 
         Raises:
             InputError: the tokenizer has another number of words, or the cache is too long for the model.
+            CheckpointError: the sizes in the files fit no network.
         """
         args = ModelArgs(**self.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         if args.vocab_size == -1:
@@ -110,6 +112,10 @@ class Checkpoint(ABC):
                 f"the model in {self.path} has vocab_size={args.vocab_size}, but its tokenizer has {vocab_size} words: "
                 f"pass the tokenizer_path of this very model"
             )
+        try:
+            args.check()
+        except InputError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
         if self.max_seq_len is not None and max_seq_len > self.max_seq_len:
             raise InputError(f"max_seq_len={max_seq_len} is over this model's limit of {self.max_seq_len}")
         if self.advised_seq_len is not None and max_seq_len > self.advised_seq_len:
@@ -214,7 +220,7 @@ def read_params_json(path: Path) -> tuple[dict[str, Any], int | None, int | None
     head = first_bytes(require_path(path, "params.json"))
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}); it begins with {head[:40]!r}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {found!r:.80}")
@@ -267,6 +273,9 @@ def open_pth(path: Path) -> Mapping[str, torch.Tensor]:
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
     ):
         raise CheckpointError(f"{path} holds something other than named tensors: {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise CheckpointError(f"{path}: {name} is no plain tensor of floating-point numbers, but {tensor.dtype}")
     return tensors
 
 
@@ -308,16 +317,25 @@ class GGUFCheckpoint(Checkpoint):
             "head_dim": get("llama.attention.key_length", int, None),
             "tie_embeddings": "output.weight" not in self._tensors,
         }
+        if "tok_embeddings.weight" in self._tensors:
+            self.params["vocab_size"] = self.shapes()["tok_embeddings.weight"][0]
         self.max_seq_len = get("llama.context_length", int)
-        scaling, experts = get("llama.rope.scaling.type", str, "none"), get("llama.expert_count", int, 0)
-        if scaling != "none" or experts:
-            raise CheckpointError(f"{path}: rope scaling {scaling!r} and {experts} experts are not in this network")
+        head_size = self.params["head_dim"] or self.params["dim"] // max(n_heads, 1)
+        for what, found, known in (
+            ("rope scaling", get("llama.rope.scaling.type", str, "none"), "none"),
+            ("rope scale", get("llama.rope.scale_linear", float, 1.0), 1.0),
+            ("rotated features a head", get("llama.rope.dimension_count", int, head_size), head_size),
+            ("experts", get("llama.expert_count", int, 0), 0),
+            ("tensors of rope_freqs", int("rope_freqs.weight" in self._tensors), 0),
+        ):
+            if found != known:
+                raise CheckpointError(f"{path}: {what}: {found!r}, but this network knows only {known!r}")
 
     @classmethod
     def _our_name(cls, name: str) -> str:
         block, short, kind = re.fullmatch(r"(?:blk\.(\d+)\.)?(.*?)(\.weight)?", name, re.DOTALL).groups()  # type: ignore[union-attr]
         if short not in cls.NAMES or not kind:
-            return name  # and `check_shapes` will call it unexpected
+            return name  # and `check_tensors` will call it unexpected
         return f"layers.{block}.{cls.NAMES[short]}.weight" if block else f"{cls.NAMES[short]}.weight"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -339,17 +357,12 @@ class GGUFCheckpoint(Checkpoint):
 
 
 def load_model(checkpoint: Checkpoint, args: ModelArgs, *, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """Make the network and give it this process's share of the checkpoint's weights.
+    """Make the network and give it this process's share of the checkpoint's weights, which `check_tensors` has seen.
 
     Weights that have the right dtype and device already stay where they are mapped, without a copy.
-
-    Raises:
-        CheckpointError: tensors that are missing, unexpected or of another shape: all of them are listed.
     """
     rank, size = model_parallel_rank(), model_parallel_size()
-    args.check(size)
     wanted = parameter_shapes(args)
-    check_shapes(checkpoint, wanted)
     with torch.device("meta"):
         model = Transformer(args)
     weights = {}
@@ -364,9 +377,12 @@ def load_model(checkpoint: Checkpoint, args: ModelArgs, *, device: torch.device,
     return model
 
 
-def check_shapes(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError listing every tensor that is not as the network needs it."""
+def check_tensors(checkpoint: Checkpoint, args: ModelArgs) -> None:
+    """Raise CheckpointError listing every tensor that is missing, unexpected, or not of the shape the network needs."""
     found = checkpoint.shapes()
+    if args.n_layers > len(found):  # and so no list of what they lack
+        raise CheckpointError(f"{checkpoint.path}: {args.n_layers} layers can't lie in {len(found)} tensors")
+    wanted = parameter_shapes(args)
     wrong = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in found]
     wrong += [f"unexpected: {name} {shape}" for name, shape in found.items() if name not in wanted]
     wrong += [

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from operator import index
 from typing import Any
 
@@ -11,15 +12,20 @@ from llama.errors import InputError
 from llama.model import Transformer
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, of Python or numpy, and no flag."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_sampling(max_gen_len: int, temperature: float, top_p: float) -> None:
     """Raise InputError if one of these is out of range."""
-    if not isinstance(max_gen_len, int) or max_gen_len < 0:
+    if isinstance(max_gen_len, bool) or not isinstance(max_gen_len, Integral) or max_gen_len < 0:
         raise InputError(f"max_gen_len={max_gen_len!r} must be a whole number of at least 0")
-    if not isinstance(temperature, (int, float)) or not math.isfinite(temperature) or temperature < 0:
+    if not is_number(temperature) or not math.isfinite(temperature) or temperature < 0:
         raise InputError(f"temperature={temperature!r} must be a number of at least 0")
     if 0 < temperature < 1e-30:
         raise InputError(f"temperature={temperature!r} is too small to divide by; 0 takes the likeliest token")
-    if not isinstance(top_p, (int, float)) or not 0 <= top_p <= 1:
+    if not is_number(top_p) or not 0 <= top_p <= 1:
         raise InputError(f"top_p={top_p!r} must be between 0 and 1")
 
 
@@ -52,20 +58,26 @@ def check_prompts(
     return prompts
 
 
-def explain_non_finite(model: Any, prompt: list[int]) -> str:
-    """An error message: which layer is the first to compute NaN or infinity on this prompt, and what to try."""
+def explain_non_finite(model: Any, text: list[int]) -> str:
+    """An error message: which layer is the first to compute NaN or infinity on these tokens, and what to try."""
     message = "the network computed NaN or infinity"
-    if isinstance(model, Transformer):
-        bad: list[int] = []
+    if not isinstance(model, Transformer):
+        return message
+    bad: list[int] = []
 
-        def look(layer: Any, _inputs: Any, output: torch.Tensor) -> None:
-            if not output.isfinite().all():
-                bad.append(layer.layer_id)
+    def look(layer: Any, _inputs: Any, output: torch.Tensor) -> None:
+        if not output.isfinite().all():
+            bad.append(layer.layer_id)
 
-        hooks = [layer.register_forward_hook(look) for layer in model.layers]
-        model.hidden_states(torch.tensor([prompt], device=model.norm.weight.device))
+    hooks = [layer.register_forward_hook(look) for layer in model.layers]
+    try:
+        model.hidden_states(torch.tensor([text], device=model.norm.weight.device))
+    finally:
         for hook in hooks:
             hook.remove()
-        where = f"first in layer {bad[0]} of {model.n_layers}" if bad else "after the last layer"
-        message += f", {where}, in {str(model.norm.weight.dtype).removeprefix('torch.')}"
-    return f"{message}: if the weights are sound, build with dtype=torch.bfloat16 or torch.float32"
+    where = f"first in layer {bad[0]} of {model.n_layers}" if bad else "after the last layer"
+    dtype = model.norm.weight.dtype
+    advice = "a weight is damaged: get the checkpoint again"
+    if dtype == torch.float16:
+        advice = "if the weights are sound, its range is too small: build with dtype=torch.bfloat16 or torch.float32"
+    return f"{message}, {where}, in {str(dtype).removeprefix('torch.')}: {advice}"

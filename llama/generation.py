@@ -6,9 +6,11 @@
 """
 
 import logging
+import math
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -17,7 +19,7 @@ import torch
 
 from llama import parallel
 from llama.chat import ChatFormat, Dialog, Message, Role
-from llama.checkpoint import load_model, open_checkpoint
+from llama.checkpoint import check_tensors, load_model, open_checkpoint
 from llama.checks import check_prompts, check_sampling, explain_non_finite
 from llama.errors import InputError
 from llama.memory import default_dtype, explain_out_of_memory, report
@@ -60,6 +62,8 @@ class Drawn(NamedTuple):
 class Llama:
     """A model and its tokenizer, ready to generate. `Llama.build` makes one from files.
 
+    Calls from several threads wait for each other, since the model has one cache.
+
     Args:
         model: a `Transformer`, or anything with `params` (`max_batch_size`, `max_seq_len`) and `forward(tokens,
             start_pos)` -> logits (batch, seq, vocab_size). `start_pos` is an int, or for prompts of different lengths,
@@ -71,6 +75,7 @@ class Llama:
     def __init__(self, model: Any, tokenizer: Any, *, formatter: Any = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self._lock = threading.Lock()
         if formatter is not None:
             self.formatter = formatter
 
@@ -93,8 +98,9 @@ class Llama:
     ) -> "Llama":
         """Load a checkpoint, on one process or under torchrun.
 
-        Changed for the whole process: torch's random state is seeded, and on ranks above 0 standard output is silent
-        (`llama.parallel.restore_stdout` undoes that).
+        Changed for the whole process: torch's random state is seeded. Under torchrun also: the process group and
+        fairscale's model-parallel group are made, if they aren't there yet; the CUDA device is set; and on ranks above
+        0 standard output is silent (`llama.parallel.restore_stdout` undoes that).
 
         Args:
             ckpt_dir: a folder in Meta's layout, or a GGUF file.
@@ -117,9 +123,12 @@ class Llama:
         for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name}={value!r} must be a whole number of at least 1")
+        if dtype not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            raise InputError(f"dtype={dtype!r} must be torch.bfloat16, float16, float32 or float64")
         checkpoint = open_checkpoint(ckpt_dir)
         tokenizer = Tokenizer(tokenizer_path) if tokenizer_path is not None else checkpoint.tokenizer()
         args = checkpoint.model_args(tokenizer.n_words, max_seq_len, max_batch_size)
+        check_tensors(checkpoint, args)
 
         place = parallel.setup(device, model_parallel_size)
         parallel.silence_stdout()
@@ -171,9 +180,9 @@ class Llama:
         tokens = [list(prompt) if echo else [] for prompt in prompts]
         scores: list[list[float]] = [[] for _ in prompts]
         rooms = [min(max_gen_len, self.model.params.max_seq_len - len(prompt)) for prompt in prompts]
-        with torch.no_grad():
+        with self._lock, torch.no_grad():
             if max(rooms) > 0 or (echo and logprobs):
-                hidden, head = self._read(prompts)
+                hidden, head = self._read(prompts, max(rooms))
                 rows = torch.arange(len(prompts), device=hidden.device)
                 last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=hidden.device)
                 logits = head(hidden[rows, last])  # (batch, vocab_size)
@@ -187,8 +196,8 @@ class Llama:
                         scores[drawn.row].append(drawn.logprob)
         return tokens, scores if logprobs else None
 
-    def _read(self, prompts: list[list[int]]) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-        """Pass all prompts through the network at once.
+    def _read(self, prompts: list[list[int]], room: int) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """Pass all prompts through the network at once; at most `room` tokens will follow.
 
         Returns:
             Something for each position, (batch, longest prompt, …), and the function that makes logits of it. For our
@@ -200,6 +209,8 @@ class Llama:
         padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
         tokens = torch.tensor(padded, dtype=torch.long, device=self._device)
         if getattr(self.model.forward, "__func__", None) is Transformer.forward:
+            if min(map(len, prompts)) < longest:  # then the shorter rows' slots there are masked, not written
+                self.model.setup_cache().clear(longest, longest + room)
             return self.model.hidden_states(tokens, 0), self.model.logits
         return self.model.forward(tokens, 0), torch.Tensor.float
 
@@ -212,6 +223,8 @@ class Llama:
         for start in range(0, len(prompt) - 1, block):
             targets = ids[1 + start : 1 + start + block]
             scores += token_logprobs(head(hidden[start : start + len(targets)]), targets).tolist()
+        if any(map(math.isnan, scores)):
+            raise ArithmeticError(explain_non_finite(self.model, prompt))
         return scores
 
     def _decode(
@@ -238,16 +251,18 @@ class Llama:
         if len(set(lengths)) > 1:
             start_pos = torch.tensor(lengths, device="cpu").clamp(max=last_pos)
         alive = [room > 0 for room in rooms]
+        texts = [list(prompt) for prompt in prompts]
         for step in range(max(rooms)):
             ids = parallel.same_on_all_ranks(next_tokens(logits, temperature, top_p))  # (batch)
             scores = token_logprobs(logits, ids.clamp(min=0)).tolist() if logprobs else [None] * len(prompts)
-            for row, token in enumerate(ids.tolist()):  # the one point where the host waits for the device
+            for row, token in enumerate(ids.tolist()):  # here the host waits for the device, once a step
                 if not alive[row]:
                     continue
                 if token == -1:
-                    raise ArithmeticError(explain_non_finite(self.model, prompts[row]))
+                    raise ArithmeticError(explain_non_finite(self.model, texts[row]))
                 alive[row] = token not in stop_tokens
                 if alive[row]:
+                    texts[row].append(token)
                     yield Drawn(row, token, scores[row])
                     alive[row] = step + 1 < rooms[row]
             if not any(alive):
@@ -280,8 +295,8 @@ class Llama:
         Raises:
             InputError: an argument out of range; the message says which, and what is right.
         """
-        if isinstance(prompts, str):
-            raise InputError(f"prompts must be a list of texts, not the text {prompts!r:.80}: put it in a list")
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise InputError(f"prompts must be a list of texts, not {prompts!r:.80}")
         bos = getattr(self.tokenizer, "add_bos", True)
         prompt_tokens = [self.tokenizer.encode(prompt, bos=bos, eos=False) for prompt in prompts]
         tokens, scores = self.generate(
@@ -301,7 +316,8 @@ class Llama:
         """Answer dialogs, as the assistant.
 
         Args:
-            dialogs: a list of dialogs, each a list of messages `{"role": …, "content": …}`.
+            dialogs: a list of dialogs, each a list of messages `{"role": …, "content": …}`. One that the chat format
+                refuses gets its refusal as the content; tokens and logprobs are those of the model all the same.
             max_gen_len: at most this many new tokens; None for as many as there is room for.
             temperature, top_p, logprobs: see `generate`.
 
@@ -311,6 +327,9 @@ class Llama:
         Raises:
             InputError: an argument out of range, an unknown role, or an order of roles the chat format doesn't know.
         """
+        if isinstance(dialogs, str) or not isinstance(dialogs, Iterable):
+            raise InputError(f"dialogs must be a list of dialogs, not {dialogs!r:.80}")
+        dialogs = list(dialogs)
         prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
         tokens, scores = self.generate(prompt_tokens, self._gen_len(max_gen_len), temperature, top_p, logprobs=logprobs)
         predictions = []

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from llama.checkpoint import parameter_shapes, split_axis
-from llama.model import ModelArgs
+from llama.model_args import ModelArgs
 from llama.parallel import model_parallel_size
 
 logger = logging.getLogger("llama")

@@ -11,7 +11,6 @@ Sources: Llama 2 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783).
 """
 
 import math
-from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,79 +18,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama.errors import InputError
-from llama.parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, model_parallel_size
-
-
-@dataclass
-class ModelArgs:
-    """The sizes of a model, by the names that `params.json` uses. The first eleven are the reference's."""
-
-    dim: int = 4096
-    n_layers: int = 32
-    n_heads: int = 32
-    n_kv_heads: int | None = None  # None: as many as n_heads
-    vocab_size: int = -1  # set from the tokenizer
-    multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of this
-    ffn_dim_multiplier: float | None = None
-    norm_eps: float = 1e-5
-    rope_theta: float = 500000
-    max_batch_size: int = 32
-    max_seq_len: int = 2048
-    _: KW_ONLY
-    use_scaled_rope: bool = False  # Llama 3.1 and later; the next four say how
-    rope_scaling_factor: float = 8.0
-    rope_low_freq_factor: float = 1.0
-    rope_high_freq_factor: float = 4.0
-    rope_original_max_seq_len: int = 8192
-    ffn_dim: int | None = None  # the feed-forward width itself, where the rule can't express it
-    head_dim: int | None = None  # None: dim / n_heads
-    tie_embeddings: bool = False  # output.weight is tok_embeddings.weight
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-
-    @property
-    def head_size(self) -> int:
-        return self.dim // self.n_heads if self.head_dim is None else self.head_dim
-
-    @property
-    def ffn_size(self) -> int:
-        if self.ffn_dim is not None:
-            return self.ffn_dim
-        return feed_forward_size(4 * self.dim, self.multiple_of, self.ffn_dim_multiplier)
-
-    def check(self, model_parallel_size: int = 1) -> None:
-        """Raise InputError if no network of these sizes can be made, or not on this many processes."""
-        sizes = ("dim", "n_layers", "n_heads", "kv_heads", "vocab_size", "head_size", "multiple_of", "ffn_size")
-        for name in (*sizes, "max_batch_size", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.head_dim is None and self.dim % self.n_heads:
-            raise InputError(f"dim={self.dim} must be a multiple of n_heads={self.n_heads}, or head_dim be given")
-        if self.head_size % 2:
-            raise InputError(f"the head size, {self.head_size}, must be even: rotary embedding turns pairs")
-        if self.n_heads % self.kv_heads:
-            raise InputError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.kv_heads}")
-        if not self._fits(model_parallel_size):
-            possible = [size for size in range(1, self.n_heads + 1) if self._fits(size)]
-            raise InputError(
-                f"this model can't be split over {model_parallel_size} processes, only over one of {possible}: each "
-                f"needs an equal share of n_heads={self.n_heads}, n_kv_heads={self.kv_heads} (or several hold the same "
-                f"kv head), feed-forward width {self.ffn_size} and vocab_size={self.vocab_size}"
-            )
-
-    def _fits(self, size: int) -> bool:
-        shared_heads = self.kv_heads % size == 0 or size % self.kv_heads == 0
-        return shared_heads and not (self.n_heads % size or self.ffn_size % size or self.vocab_size % size)
-
-
-def feed_forward_size(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
-    """The width of SwiGLU: two thirds of `hidden_dim` (it has three matrices, not two), scaled, rounded up."""
-    hidden_dim = int(2 * hidden_dim / 3)
-    if ffn_dim_multiplier is not None:
-        hidden_dim = int(ffn_dim_multiplier * hidden_dim)
-    return multiple_of * math.ceil(hidden_dim / multiple_of)
+from llama.model_args import ModelArgs, feed_forward_size
+from llama.parallel import (
+    ColumnParallelLinear,
+    KVHeadParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    local_kv_heads,
+    model_parallel_size,
+)
 
 
 class RMSNorm(nn.Module):
@@ -201,10 +136,10 @@ class KVCache:
     """
 
     def __init__(self, args: ModelArgs, *, device: torch.device, dtype: torch.dtype) -> None:
-        n_local_kv_heads = max(args.kv_heads // model_parallel_size(), 1)
-        shape = (args.n_layers, args.max_batch_size, args.max_seq_len, n_local_kv_heads, args.head_size)
+        kv_heads = local_kv_heads(args.kv_heads)
+        shape = (args.n_layers, args.max_batch_size, args.max_seq_len, kv_heads, args.head_size)
         with torch.inference_mode(False):  # tensors born in inference mode could not be written to outside of it
-            # Zeros, since slots not yet written are masked by a weight of 0, and 0 times leftover NaNs would be NaN.
+            # Zeros, since a masked slot has a weight of 0, and 0 times a NaN that happens to lie there would be NaN.
             self.keys = torch.zeros(shape, device=device, dtype=dtype)
             self.values = torch.zeros_like(self.keys)
 
@@ -217,6 +152,11 @@ class KVCache:
         self.values[layer_id][span.slots] = xv
         return self.keys[layer_id, :batch, : span.end], self.values[layer_id, :batch, : span.end]
 
+    def clear(self, start: int, stop: int) -> None:
+        """Forget what earlier calls left at these positions."""
+        self.keys[:, :, start:stop] = 0
+        self.values[:, :, start:stop] = 0
+
 
 class Attention(nn.Module):
     """Causal self-attention with grouped queries (arXiv 2305.13245): query head i reads kv head i // n_rep."""
@@ -226,11 +166,11 @@ class Attention(nn.Module):
         size = model_parallel_size()
         self.head_dim = args.head_size
         self.n_local_heads = args.n_heads // size
-        self.n_local_kv_heads = max(args.kv_heads // size, 1)  # more processes than kv heads: several hold the same one
+        self.n_local_kv_heads = local_kv_heads(args.kv_heads)
         self.n_rep = self.n_local_heads // self.n_local_kv_heads
         self.wq = ColumnParallelLinear(args.dim, args.n_heads * self.head_dim)
-        self.wk = ColumnParallelLinear(args.dim, self.n_local_kv_heads * size * self.head_dim)
-        self.wv = ColumnParallelLinear(args.dim, self.n_local_kv_heads * size * self.head_dim)
+        self.wk = KVHeadParallelLinear(args.dim, args.kv_heads, self.head_dim)
+        self.wv = KVHeadParallelLinear(args.dim, args.kv_heads, self.head_dim)
         self.wo = RowParallelLinear(args.n_heads * self.head_dim, args.dim)
 
     def forward(self, x: torch.Tensor, span: Span, cache: KVCache | None, layer_id: int) -> torch.Tensor:
@@ -249,7 +189,7 @@ class Attention(nn.Module):
             # The n_rep query heads that share a kv head are laid as rows of one head: plain attention, on any device.
             rows = xq.reshape(batch, self.n_local_kv_heads, self.n_rep * seq, self.head_dim)
             mask = None if span.mask is None else span.mask.repeat(1, 1, self.n_rep, 1)
-            out = F.scaled_dot_product_attention(rows, xk, xv, attn_mask=mask).view_as(xq)
+            out = F.scaled_dot_product_attention(rows, xk, xv, attn_mask=mask).reshape(xq.shape)
         return self.wo(out.transpose(1, 2).flatten(2))  # (batch, n_local_heads, seq, head_dim) -> (batch, seq, dim)
 
 
@@ -341,7 +281,8 @@ class Transformer(nn.Module):
         Raises:
             InputError: more rows or positions than `max_batch_size` or `max_seq_len`.
         """
-        return self.logits(self.hidden_states(tokens, start_pos))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and start_pos is None):
+            return self.logits(self.hidden_states(tokens, start_pos))
 
     def hidden_states(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None = None) -> torch.Tensor:
         """`forward` up to the last norm: (batch, seq, dim). `logits` of some positions of it is the rest."""
@@ -359,16 +300,26 @@ class Transformer(nn.Module):
 
     def setup_cache(self) -> KVCache:
         """The cache, made now if there is none yet, or if the model has since changed its device or dtype."""
-        weight = self.norm.weight
-        if self.cache is None or (self.cache.keys.device, self.cache.keys.dtype) != (weight.device, weight.dtype):
-            self.cache = None  # its memory goes before new memory is taken
+        weight, keys = self.norm.weight, None if self.cache is None else self.cache.keys
+        if keys is None or (keys.device, keys.dtype) != (weight.device, weight.dtype):
+            self.cache = keys = None  # its memory goes before new memory is taken
             self.cache = KVCache(self.params, device=weight.device, dtype=weight.dtype)
-        return self.cache
+        return self.cache  # type: ignore[return-value]
 
     def _span(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None) -> Span:
+        if tokens.dim() != 2:
+            raise InputError(f"tokens must be (batch, seq), not of shape {tuple(tokens.shape)}")
         (batch, seq), device = tokens.shape, tokens.device
         start = 0 if start_pos is None else start_pos
-        end = (int(start.max()) if isinstance(start, torch.Tensor) else start) + seq
+        if isinstance(start, torch.Tensor):
+            if start.shape != (batch,):
+                raise InputError(f"start_pos must have a position for each of {batch} rows, not {tuple(start.shape)}")
+            first, last = int(start.min()), int(start.max())
+        else:
+            first = last = start
+        end = last + seq
+        if first < 0:
+            raise InputError(f"start_pos={first} must be at least 0")
         if end > self.params.max_seq_len:
             raise InputError(f"position {end - 1} is past the end: max_seq_len={self.params.max_seq_len}")
         if start_pos is not None and batch > self.params.max_batch_size:

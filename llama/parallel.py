@@ -4,6 +4,7 @@ One process needs none of this: no process group is made, and every layer is a p
 N model-parallel processes each holds 1/N of every matrix. A column-parallel layer (wq, wk, wv, w1, w3, output) holds
 some of the output features; a row-parallel one (wo, w2) some of the input features, and the partial results are
 summed; the embedding holds some of the words. So an attention or feed-forward block costs one sum over processes.
+Where there are more processes than kv heads, several hold the same head.
 
 The groups and the collectives, which carry gradients, are fairscale's. The layers are written here, because
 fairscale's own make the whole matrix on every process before they keep a part, and can't be made on the meta device.
@@ -12,7 +13,9 @@ fairscale's own make the whole matrix on every process before they keep a part, 
 import atexit
 import contextlib
 import io
+import logging
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +30,8 @@ from torch import nn
 
 from llama.errors import InputError
 
+LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # what torchrun sets
+
 
 def model_parallel_size() -> int:
     """How many processes share one copy of the model."""
@@ -38,11 +43,24 @@ def model_parallel_rank() -> int:
     return groups.get_model_parallel_rank() if groups.model_parallel_is_initialized() else 0
 
 
+def local_kv_heads(n_kv_heads: int) -> int:
+    """How many kv heads this process holds."""
+    return max(n_kv_heads // model_parallel_size(), 1)
+
+
+def first_rank() -> bool:
+    """Whether this is the process that speaks for all."""
+    return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))) == 0
+
+
+logging.getLogger("llama").addFilter(lambda record: first_rank())
+
+
 def setup(device: str | torch.device | None, requested_size: int | None) -> torch.device:
     """Join the other processes, if there are any, and choose this process's device.
 
-    Under torchrun (`RANK` and `WORLD_SIZE` are set) this makes the process group, NCCL on CUDA and gloo elsewhere, and
-    fairscale's model-parallel group. Groups the caller made already are used as they are. Alone, nothing is made.
+    Under torchrun this makes the process group, NCCL on CUDA and gloo elsewhere, and fairscale's model-parallel group,
+    and leaves them when the program ends. Groups the caller made already are used as they are. Alone, nothing is made.
 
     Args:
         device: e.g. "cuda" or "cpu"; None takes CUDA if there is one, else the CPU.
@@ -54,11 +72,18 @@ def setup(device: str | torch.device | None, requested_size: int | None) -> torc
     Raises:
         InputError: the device isn't there, or `requested_size` doesn't fit the processes there are.
     """
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if requested_size is not None and (not isinstance(requested_size, int) or requested_size < 1):
+        raise InputError(f"model_parallel_size={requested_size!r} must be a whole number of at least 1")
+    launched = os.environ.keys() >= LAUNCHED
+    if not launched and not dist.is_initialized() and os.environ.get("WORLD_SIZE", "1") != "1":
+        missing = sorted(LAUNCHED - os.environ.keys())
+        raise InputError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but {missing} are not set: start with torchrun")
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if chosen.type == "cuda" and chosen.index is None:
             chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+        if chosen.type not in ("cuda", "cpu", "mps"):
+            raise RuntimeError("only cuda, cpu and mps can")
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:  # AssertionError: this torch is built without CUDA
         raise InputError(f"device={device!r} can't be used here: {error}") from error
@@ -67,7 +92,10 @@ def setup(device: str | torch.device | None, requested_size: int | None) -> torc
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)  # NCCL talks through the current device
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        atexit.register(_leave)  # else gloo's threads may abort the process as it ends
     world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if chosen.type == "mps" and world_size > 1:
+        raise InputError(f"device='mps' works in one process, not in {world_size}")
 
     if groups.model_parallel_is_initialized():
         if requested_size not in (None, model_parallel_size()):
@@ -75,15 +103,22 @@ def setup(device: str | torch.device | None, requested_size: int | None) -> torc
                 f"model_parallel_size={requested_size}, but this program's model-parallel group has "
                 f"{model_parallel_size()} processes; leave model_parallel_size out to use that group"
             )
-    elif requested_size is not None and (requested_size < 1 or world_size % requested_size):
+    elif requested_size is not None and world_size % requested_size:
         raise InputError(
             f"model_parallel_size={requested_size} doesn't divide the {world_size} process(es) there are; "
-            f"start the program with: torchrun --nproc_per_node {max(requested_size, 1)}"
+            f"start the program with: torchrun --nproc_per_node {requested_size}"
         )
     elif dist.is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints the sizes
             groups.initialize_model_parallel(requested_size or world_size)
     return chosen
+
+
+def _leave() -> None:
+    """Give up the groups that `setup` made."""
+    if dist.is_initialized():
+        groups.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 _silence = contextlib.ExitStack()  # what `restore_stdout` has to undo
@@ -92,8 +127,7 @@ _silence = contextlib.ExitStack()  # what `restore_stdout` has to undo
 def silence_stdout() -> None:
     """Send what this process prints to nowhere, if its rank is above 0, until `restore_stdout` or the end.
 
-    So a program's own `print` appears once under torchrun. It is the one thing `Llama.build` changes for the whole
-    process. Standard error stays as it is.
+    So a program's own `print` appears once under torchrun. Standard error stays as it is.
     """
     if dist.is_initialized() and dist.get_rank() > 0:
         restore_stdout()  # so that building twice silences once
@@ -133,6 +167,46 @@ class ColumnParallelLinear(nn.Linear):
             return super().forward(x)
         y = super().forward(copy_to_model_parallel_region(x))  # (..., out_features / size)
         return gather_from_model_parallel_region(y) if self.gather_output else y
+
+
+class KVHeadParallelLinear(nn.Linear):
+    """`x @ weight.T`, with the kv heads split over the processes; with more processes than heads, some hold the same.
+
+    Args:
+        in_features: the input's size.
+        n_kv_heads, head_dim: how many heads there are in all, and how many features each has.
+    """
+
+    def __init__(self, in_features: int, n_kv_heads: int, head_dim: int) -> None:
+        super().__init__(in_features, local_kv_heads(n_kv_heads) * head_dim, bias=False)
+        self.size = model_parallel_size()
+        self.n_kv_heads = n_kv_heads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.size == 1:
+            return super().forward(x)
+        weight = self.weight
+        if self.size > self.n_kv_heads:
+            weight = _SumGradientOfHead.apply(
+                weight, model_parallel_rank() * self.n_kv_heads // self.size, self.n_kv_heads
+            )
+        return F.linear(copy_to_model_parallel_region(x), weight)
+
+
+class _SumGradientOfHead(torch.autograd.Function):
+    """The weights of a head that several processes hold: their gradient is the sum over those processes."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, head: int, n_kv_heads: int) -> torch.Tensor:
+        ctx.head, ctx.n_kv_heads = head, n_kv_heads
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        heads = gradient.new_zeros(ctx.n_kv_heads, *gradient.shape)
+        heads[ctx.head] = gradient
+        dist.all_reduce(heads, group=groups.get_model_parallel_group())
+        return heads[ctx.head], None, None
 
 
 class RowParallelLinear(nn.Linear):

@@ -71,10 +71,11 @@ class Tokenizer:
             bos: put the beginning-of-text token before it.
             eos: put the end-of-text token after it.
             allowed_special: special tokens that `s` may spell out; others are plain text. (Not for Llama 2.)
-            disallowed_special: special tokens that raise ValueError when `s` spells them out. (Not for Llama 2.)
+            disallowed_special: texts that `s` must not hold; "all" for every special token not allowed. (Not for
+                Llama 2.)
 
         Raises:
-            InputError: `s` is no string, or `bos` is asked of a vocabulary that has none.
+            InputError: `s` is no string, or holds what `disallowed_special` forbids, or there is no BOS to put before.
         """
         if not isinstance(s, str):
             raise InputError(f"encode takes a str, not {type(s).__name__}: {s!r:.80}")
@@ -137,17 +138,17 @@ class _BytePairs:
     def encode(
         self, text: str, allowed: Literal["all"] | Collection[str], disallowed: Literal["all"] | Collection[str]
     ) -> list[int]:
-        allowed_special = set(self.special_tokens) if allowed == "all" else set(allowed)
+        special = set(self.special_tokens)
+        allowed_special = special if allowed == "all" else special & set(allowed)
+        for name in special - allowed_special if disallowed == "all" else disallowed:
+            if name in text:
+                raise InputError(f"the text holds {name!r}, which disallowed_special forbids")
         raw = text.encode()
         if len(raw.translate(None, self._no_token)) < len(raw):
             return self._encode_dropping(text, allowed_special)
         ids: list[int] = []
         for piece in split_long(text):
-            ids += self.model.encode(
-                piece,
-                allowed_special=allowed_special,
-                disallowed_special=disallowed if disallowed == "all" else set(disallowed),
-            )
+            ids += self.model.encode(piece, allowed_special=allowed_special, disallowed_special=())
         return ids
 
     def _encode_dropping(self, text: str, allowed_special: set[str]) -> list[int]:

@@ -112,7 +112,8 @@ def read_gguf(file: GGUFFile) -> Vocabulary:
 def byte_level_ranks(tokens: dict[str, int], merges: list[str], path: Path) -> dict[bytes, int]:
     """A byte-level vocabulary (GPT-2's kind: bytes written as printable characters) as ranks of byte strings.
 
-    Ids can stand for merging priorities only if each merge makes a token with a larger id than the merge before it.
+    Ids can stand for merging priorities only if no merge makes a token with a smaller id than the merge before it.
+    (Llama 3's lists name each way to make a token, one after the other.)
 
     Args:
         tokens: each ordinary token, in GPT-2's characters, and its id.
@@ -122,7 +123,7 @@ def byte_level_ranks(tokens: dict[str, int], merges: list[str], path: Path) -> d
     last = -1
     for merge in merges:
         made = tokens.get(merge.replace(" ", "", 1))
-        if made is None or made <= last:
+        if made is None or made < last:
             raise CheckpointError(f"{path}: the merge {merge!r} is out of order; this vocabulary can't be used by rank")
         last = made
     byte_of = {character: byte for byte, character in enumerate(_gpt2_characters())}

@@ -1,6 +1,7 @@
 """Builds a checkpoint and writes down everything it generates: run under torchrun by test_parallel.py."""
 
 import json
+import logging
 import os
 import sys
 
@@ -26,6 +27,7 @@ def everything(folder) -> dict:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
     result = everything(sys.argv[1])
     with open(f"{sys.argv[2]}.{os.environ['RANK']}", "w") as file:
         json.dump(result | {"backend": torch.distributed.get_backend()}, file)

@@ -1,7 +1,6 @@
 """`Llama.build`: what it takes, what it leaves as it was, and what it says when it can't."""
 
 import logging
-import sys
 import threading
 from pathlib import Path
 
@@ -46,7 +45,6 @@ def compare(before, after, stage):
     changed = [name for name in before if before[name] != after[name] and None not in (before[name], after[name])]
     assert not changed, (stage, changed)
 
-import fairscale.nn.model_parallel, gguf, regex, sentencepiece, tiktoken, tqdm, fire  # what they change is theirs
 start = state("start")
 import llama
 compare(start, state("imported"), "importing")
@@ -134,11 +132,28 @@ def test_positional_arguments_of_the_reference(tiny_checkpoint):
         ((64, 0), "max_batch_size=0 must be a whole number of at least 1"),
         ((2.5, 1), r"max_seq_len=2\.5 must be"),
         ((64, True), "max_batch_size=True must be"),
+        ((64, 1, "1"), "model_parallel_size='1' must be a whole number"),
+        ((64, 1, 0), "model_parallel_size=0 must be a whole number of at least 1"),
     ],
 )
 def test_sizes_that_can_t_be(tiny_checkpoint, sizes, message):
     with pytest.raises(ValueError, match=message) as error:
         Llama.build(tiny_checkpoint, None, *sizes)
+    assert isinstance(error.value, AssertionError)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float16"}, "dtype='float16' must be torch.bfloat16"),
+        ({"dtype": torch.int8}, "dtype=torch.int8 must be torch.bfloat16"),
+        ({"dtype": torch.complex64}, "dtype=torch.complex64 must be"),
+        ({"device": "meta"}, "device='meta' can't be used here: only cuda, cpu and mps can"),
+    ],
+)
+def test_formats_and_devices_that_can_t_be(tiny_checkpoint, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        Llama.build(tiny_checkpoint, None, 64, 1, **options)
     assert isinstance(error.value, AssertionError)
 
 
@@ -263,4 +278,3 @@ def test_home_and_relative_paths(tiny_checkpoint, monkeypatch, tmp_path):
     assert Llama.build(f"~/{tiny_checkpoint.name}", None, 32, 1)
     monkeypatch.chdir(tiny_checkpoint.parent)
     assert Llama.build(tiny_checkpoint.name, Path(tiny_checkpoint.name) / "tokenizer.model", 32, 1)
-    assert sys.stdout is not None

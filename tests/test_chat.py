@@ -1,5 +1,7 @@
 """Chat prompts, token by token."""
 
+import copy
+
 import jinja2
 import pytest
 import tokenizers
@@ -8,6 +10,12 @@ from conftest import ScriptedModel, ScriptedTokenizer
 from llama import ChatFormat, Llama
 from llama.chat import ChatMLFormat, Llama2Format, Llama3Format
 from llama.tokenizer import ChatFormat as ChatFormatOfTheTokenizerModule
+
+
+def test_formats_can_be_copied(llama3):
+    llama = Llama(ScriptedModel(), llama3)
+    assert type(copy.copy(llama.formatter)) is Llama3Format
+    assert copy.copy(llama.formatter).encode_dialog_prompt([user("x")])
 
 
 def user(content):

@@ -148,6 +148,13 @@ def test_unknown_keys_are_named(copy, caplog):
     assert args.max_batch_size == 1
 
 
+def test_a_link_to_nowhere(copy):
+    (copy / "consolidated.00.pth").unlink()
+    (copy / "consolidated.00.pth").symlink_to(copy / "gone.pth")
+    with pytest.raises(ValueError, match=r"consolidated\.00\.pth can't be read"):
+        Llama.build(copy, None, 32, 1)
+
+
 def edit_tensors(folder, edit):
     path = folder / "consolidated.00.pth"
     tensors = torch.load(path)
@@ -239,6 +246,28 @@ SPOILED = {
     "null for a count": (lambda f: change_params(f, dim=None), r"params\.json: dim is None"),
     "a flag for a number": (lambda f: change_params(f, norm_eps=True), r"params\.json: norm_eps is True"),
     "a number for a flag": (lambda f: change_params(f, use_scaled_rope=1), r"params\.json: use_scaled_rope is 1"),
+    "an infinite number": (
+        lambda f: change_params(f, ffn_dim_multiplier=float("inf")),
+        "ffn_dim_multiplier=inf must be",
+    ),
+    "not a number": (lambda f: change_params(f, norm_eps=float("nan")), "norm_eps=nan must be a number above 0"),
+    "no rotation": (lambda f: change_params(f, rope_theta=0), "rope_theta=0 must be a number above 0"),
+    "rope bands that cross": (lambda f: change_params(f, rope_low_freq_factor=9), "rope_low_freq_factor=9 must be"),
+    "a million layers": (lambda f: change_params(f, n_layers=10**12), r"1000000000000 layers can't lie in 21 tensors"),
+    "a huge width": (lambda f: change_params(f, dim=2**40, n_heads=4), r"wrong shape: norm\.weight"),
+    "deep params": (lambda f: (f / "params.json").write_text("[" * 10**5), r"params\.json is not JSON"),
+    "whole numbers for weights": (
+        lambda f: edit_tensors(f, lambda t: t.update({"norm.weight": torch.ones(128, dtype=torch.int8)})),
+        r"norm\.weight is no plain tensor of floating-point numbers, but torch\.int8",
+    ),
+    "sparse weights": (
+        lambda f: edit_tensors(f, lambda t: t.update({"norm.weight": torch.ones(128).to_sparse()})),
+        r"consolidated\.00\.pth",
+    ),
+    "weights on no device": (
+        lambda f: edit_tensors(f, lambda t: t.update({"norm.weight": torch.ones(128, device="meta")})),
+        r"norm\.weight is no plain tensor",
+    ),
     "a negative count": (lambda f: change_params(f, n_layers=-1), r"n_layers=-1 must be at least 1"),
     "no multiple": (lambda f: change_params(f, multiple_of=0), r"multiple_of=0 must be at least 1"),
     "files that differ": (
@@ -268,7 +297,7 @@ def test_no_checkpoint_there(tmp_path, tiny_checkpoint):
     shutil.copytree(tiny_checkpoint, tmp_path / "original")
     with pytest.raises(FileNotFoundError, match=r"pass ckpt_dir='.*original'"):
         Llama.build(tmp_path, None, 32, 1)
-    for mistake in (" --tokenizer_path", "", True, None):
+    for mistake in (" --tokenizer_path", "", True, None, "~nobody_of_that_name/x", "x" * 5000):
         with pytest.raises(ValueError, match=r"ckpt_dir=.* is no path") as error:
             Llama.build(mistake, None, 32, 1)
         assert isinstance(error.value, AssertionError)
@@ -357,8 +386,11 @@ def test_quantized_gguf(tmp_path, kind):
 
 GGUF_CHANGES = {
     "another architecture": ({"architecture": "qwen2"}, "architecture 'qwen2'; only 'llama'"),
-    "experts": ({"llama.expert_count": 8}, "8 experts are not in this network"),
-    "rope scaling": ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn'"),
+    "experts": ({"llama.expert_count": 8}, "experts: 8, but this network knows only 0"),
+    "rope scaling": ({"llama.rope.scaling.type": "yarn"}, "rope scaling: 'yarn', but"),
+    "stretched rope": ({"llama.rope.scale_linear": 4.0}, r"rope scale: 4\.0, but this network knows only 1\.0"),
+    "rope on half of a head": ({"llama.rope.dimension_count": 16}, "rotated features a head: 16, but .* only 32"),
+    "a negative scale": ({"llama.rope.freq_base": -5.0}, r"rope_theta=-5\.0 must be a number above 0"),
     "a missing key": ({"llama.embedding_length": ...}, "lacks the metadata key 'llama.embedding_length'"),
     "a wrong type": ({"llama.block_count": "two"}, "metadata llama.block_count has the unusable value 'two'"),
     "sentencepiece": ({"tokenizer.ggml.model": "llama"}, r"kind 'llama'.*pass the model's own tokenizer\.model"),
@@ -387,6 +419,26 @@ def test_cut_gguf(tmp_path, keep):
     with pytest.raises(ValueError, match=r"model\.gguf") as error:
         Llama.build(path, None, 32, 1)
     assert isinstance(error.value, AssertionError)
+
+
+def test_a_vocabulary_that_doesn_t_agree_with_a_gguf(tmp_path, llama3_path):
+    path = write_gguf(tmp_path / "model.gguf", tiny_model())
+    with pytest.raises(ValueError, match="has vocab_size=320, but its tokenizer has 524 words"):
+        Llama.build(path, llama3_path, 32, 1)
+
+
+def test_divisors_of_the_rotation_are_not_ignored(tmp_path, monkeypatch):
+    """Llama 3.1's GGUF files carry them."""
+    write = gguf.GGUFWriter.write_header_to_file
+
+    def with_divisors(writer):
+        writer.add_tensor("rope_freqs.weight", np.ones(16, dtype=np.float32))
+        write(writer)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", with_divisors)
+    path = write_gguf(tmp_path / "model.gguf", tiny_model())
+    with pytest.raises(ValueError, match="tensors of rope_freqs: 1, but this network knows only 0"):
+        Llama.build(path, None, 32, 1)
 
 
 def test_several_gguf_files(tmp_path):

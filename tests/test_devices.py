@@ -4,11 +4,11 @@ import contextlib
 
 import pytest
 import torch
-from conftest import tiny_args, tiny_model
+from conftest import ScriptedTokenizer, tiny_args, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from llama import Transformer
+from llama import Llama, Transformer
 from llama.sampling import next_tokens, token_logprobs
 
 BATCH, SEQ = 3, 12
@@ -55,11 +55,15 @@ class SpelledOut(TorchFunctionMode):
             aten.copy_.default(self.get(x, index), value)
 
 
-class KnownMaximum(TorchFunctionMode):
-    """Says how large the largest of the rows' positions is: fake tensors have no values."""
+class KnownValues(TorchFunctionMode):
+    """Knows the values that the host asks for, where it should ask for them: fake tensors have none."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return SEQ if function is torch.Tensor.max else function(*args, **(kwargs or {}))
+        if function in (torch.Tensor.max, torch.Tensor.min) and args[0].device.type == "cpu":
+            return SEQ  # the rows' positions
+        if function is torch.Tensor.item:  # which a fake `tolist` calls
+            return -1.5 if args[0].is_floating_point() else 7  # logprobs or ids
+        return function(*args, **(kwargs or {}))
 
 
 def on_cuda(dtype: torch.dtype) -> Transformer:
@@ -84,7 +88,7 @@ def fake_cuda():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_reading_and_decoding_mix_no_devices(dtype):
-    with fake_cuda(), KnownMaximum():
+    with fake_cuda(), KnownValues():
         positions = torch.full((BATCH,), SEQ)  # the loop holds the rows' positions on the CPU
         model = on_cuda(dtype)
         tokens = torch.zeros(BATCH, SEQ, dtype=torch.long, device="cuda")
@@ -101,6 +105,16 @@ def test_reading_and_decoding_mix_no_devices(dtype):
         assert model(tokens).device.type == "cuda"  # without a cache
         assert (model.cache.keys.device.type, model.cache.values.dtype) == ("cuda", dtype)
         assert model.freqs_cis.device.type == "cuda"
+
+
+@pytest.mark.parametrize("prompts", [[[5, 6, 7]], [[5, 6, 7], [8], [9] * SEQ]])
+def test_the_decode_loop_mixes_no_devices(prompts):
+    with fake_cuda(), KnownValues():
+        llama = Llama(on_cuda(torch.bfloat16), ScriptedTokenizer())
+        for temperature in (0, 0.6):
+            tokens, scores = llama.generate(prompts, 4, temperature, logprobs=True, echo=True)
+            assert tokens == [prompt + [7] * 4 for prompt in prompts]
+            assert scores[0] == [0.0] + [-1.5] * 6
 
 
 @torch.no_grad()

@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, ScriptedModel, ScriptedTokenizer, tiny_model
@@ -247,6 +249,7 @@ def test_chat_is_generate_on_the_formatters_prompt():
         {"generation": {"role": "assistant", "content": "6 7 8 9"}},
         {"generation": {"role": "assistant", "content": "10 11"}},
     ]
+    assert len(llama.chat_completion((dialog for dialog in dialogs), temperature=0, max_gen_len=4)) == 2
     full = llama.chat_completion(dialogs, temperature=0, max_gen_len=4, logprobs=True)[1]
     assert full["tokens"] == ["10", "11"]
     assert full["logprobs"] == pytest.approx([0.0, 0.0], abs=1e-4)
@@ -277,11 +280,67 @@ def test_nan_names_the_layer_and_the_dtype():
         model.layers[1].feed_forward.w1.weight[3, 5] = float("nan")
     llama = Llama(model, ScriptedTokenizer())
     for temperature in (0, 0.6):
-        with pytest.raises(ArithmeticError, match=r"layer 1 of 2, in float32.*dtype=torch.bfloat16 or torch.float32"):
+        with pytest.raises(ArithmeticError, match=r"layer 1 of 2, in float32: a weight is damaged"):
             llama.generate([[5, 6]], 3, temperature)
+    with pytest.raises(ArithmeticError, match=r"layer 1 of 2, in float32"):  # and no NaN among the scores
+        llama.generate([[5, 6]], 0, logprobs=True, echo=True)
     with torch.no_grad():
         model.layers[1].feed_forward.w1.weight[3, 5] = 0
     assert len(llama.generate([[5, 6]], 3)[0][0]) <= 3  # and it can go on
+    assert not model.layers[0]._forward_hooks
+
+
+def test_too_large_for_float16():
+    model = tiny_model()
+    with torch.no_grad():
+        model.layers[0].feed_forward.w2.weight.mul_(1e5)
+    llama = Llama(model.half(), ScriptedTokenizer())
+    with pytest.raises(ArithmeticError, match=r"layer 0 of 2, in float16.*dtype=torch.bfloat16 or torch.float32"):
+        llama.generate([[5, 6]], 3, 0)
+
+
+def test_nan_of_a_generated_token_is_found_where_it_is():
+    model = tiny_model()
+    llama = Llama(model, ScriptedTokenizer(()))
+    (text,), _ = llama.generate([[5, 6]], 4, 0)
+    with torch.no_grad():
+        model.tok_embeddings.weight[text[2]] = float("nan")
+    with pytest.raises(ArithmeticError, match="first in layer 0 of 2"):
+        llama.generate([[5, 6]], 8, 0)
+
+
+def test_a_failed_call_does_not_spoil_later_ones():
+    """NaNs that a failed call left in the cache lie where shorter rows look past them."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.tok_embeddings.weight[300] = float("nan")
+    llama = Llama(model, ScriptedTokenizer())
+    prompts = prompts_of(2, 4, seed=1)
+    want = llama.generate(prompts, 12, 0)
+    with pytest.raises(ArithmeticError):
+        llama.generate([[300] * 60] * 4, 5, 0)
+    assert llama.generate(prompts, 12, 0) == want
+
+
+def test_threads_wait_for_each_other(llama):
+    prompts = [prompts_of(n, seed=n)[0] for n in (3, 20, 40, 61)]
+    want = [llama.generate([prompt], 15, 0) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda prompt: llama.generate([prompt], 15, 0), prompts * 3))
+    assert found == want * 3
+
+
+def test_fused_attention_may_lay_its_result_out_by_tokens(llama, monkeypatch):
+    """As CUDA's memory-efficient kernel does."""
+    prompts = prompts_of(5, 40)
+    want = llama.generate(prompts, 10, 0)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, **options: attention(*args, **options).transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    assert llama.generate(prompts, 10, 0) == want
 
 
 INVALID = [
@@ -298,6 +357,7 @@ INVALID = [
     (dict(temperature=float("inf")), "temperature=inf must be"),
     (dict(temperature="hot"), "temperature='hot' must be"),
     (dict(temperature=1e-40), "temperature=1e-40 is too small"),
+    (dict(temperature=True), "temperature=True must be"),
     (dict(top_p=-0.01), r"top_p=-0\.01 must be between 0 and 1"),
     (dict(top_p=1.01), r"top_p=1\.01 must be between 0 and 1"),
     (dict(top_p=float("nan")), "top_p=nan must be"),
@@ -314,8 +374,12 @@ def test_what_generate_refuses(llama, arguments, message):
 
 
 def test_what_the_text_methods_refuse(llama):
-    with pytest.raises(ValueError, match="prompts must be a list of texts, not the text '5 6'"):
+    with pytest.raises(ValueError, match="prompts must be a list of texts, not '5 6'"):
         llama.text_completion("5 6")
+    with pytest.raises(ValueError, match="prompts must be a list of texts, not None"):
+        llama.text_completion(None)
+    with pytest.raises(ValueError, match="dialogs must be a list of dialogs, not None"):
+        llama.chat_completion(None)
     with pytest.raises(ValueError, match=r"a dialog is a list of messages.*chat_completion takes a list of dialogs"):
         llama.chat_completion([{"role": "user", "content": "hi"}])
 
@@ -324,6 +388,8 @@ def test_ids_of_any_integer_type(llama):
     want = llama.generate([[5, 6, 7]], 4, 0)
     assert llama.generate(torch.tensor([[5, 6, 7]]), 4, 0) == want
     assert llama.generate([(5, 6, 7)], 4, 0) == want
+    numbers = np.array([[5, 6, 7]])
+    assert llama.generate(numbers, np.int64(4), np.float32(0), np.float64(0.9)) == want
 
 
 MEMORY_SCRIPT = """

@@ -183,6 +183,7 @@ def test_with_a_cache_no_gradients_and_training_after_generating():
     tokens = random_tokens(model)
     with torch.inference_mode():
         model(tokens[:, :10], 0)  # makes the cache here, which must not spoil it for what follows
+    assert not model(tokens[:, 10:], 10).requires_grad
     assert not model.hidden_states(tokens[:, 10:], 10).requires_grad
     model(tokens).sum().backward()
     assert model.norm.weight.grad is not None
@@ -347,6 +348,21 @@ def test_past_the_caches_end():
     with pytest.raises(ValueError, match="5 rows are more than max_batch_size=4"):
         model(random_tokens(model, batch=5), 0)
     assert model(random_tokens(model, batch=5)).shape[0] == 5  # without a cache, any batch
+
+
+@pytest.mark.parametrize(
+    ("shape", "start_pos", "message"),
+    [
+        ((2, 3), -1, "start_pos=-1 must be at least 0"),
+        ((2, 3), torch.tensor([4, -2]), "start_pos=-2 must be at least 0"),
+        ((2, 3), torch.tensor([4]), r"a position for each of 2 rows, not \(1,\)"),
+        ((2, 3), torch.tensor(4), r"a position for each of 2 rows, not \(\)"),
+        ((3,), 0, r"tokens must be \(batch, seq\), not of shape \(3,\)"),
+    ],
+)
+def test_positions_that_are_none(shape, start_pos, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(torch.zeros(shape, dtype=torch.long), start_pos)
 
 
 def test_meta_device_uses_no_memory():

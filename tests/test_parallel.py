@@ -31,6 +31,7 @@ def test_same_tokens_and_logprobs_as_one_process(tmp_path, n, n_files, n_kv_head
     assert run.returncode == 0, run.stderr
     assert run.stdout == "done\n"  # once, and nothing else: no rank above 0, no fairscale
     assert all(f"rank {rank} still has" in run.stderr for rank in range(n))
+    assert run.stderr.count("GB of KV cache") == 1  # the log, too, once
     for rank in range(n):
         found = json.loads((tmp_path / f"found.{rank}").read_text())
         for kind in ("greedy", "sampled"):
@@ -81,6 +82,43 @@ def test_groups_the_caller_made_are_used(tmp_path):
     run = torchrun(4, tmp_path / "groups.py", folder)
     assert run.returncode == 0, run.stderr
     assert all(f"hello from {rank};" in run.stdout for rank in range(4))
+
+
+GRADIENTS = """
+import sys, torch
+from llama import Llama
+from llama.checkpoint import parameter_shapes, share
+from llama.parallel import model_parallel_rank, model_parallel_size
+model = Llama.build(sys.argv[1], None, 96, 4, device="cpu", dtype=torch.float32).model
+whole = torch.load(sys.argv[2])
+tokens = whole.pop("tokens")
+torch.nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+shapes = parameter_shapes(model.params)
+for name, weight in model.named_parameters():
+    axis, start, stop = share(name, shapes[name], model.params, model_parallel_rank(), model_parallel_size())
+    want = whole[name] if axis is None else whole[name].narrow(axis, start, stop - start)
+    torch.testing.assert_close(weight.grad, want, rtol=1e-3, atol=1e-5)
+"""
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_gradients_are_those_of_one_process(tmp_path, n):
+    """With 2 kv heads: on 4 ranks, each is held by two."""
+    folder = checkpoint(tmp_path, 1, 2)
+    model = Llama.build(folder, None, 96, 4, device="cpu", dtype=torch.float32).model
+    tokens = torch.randint(500, (2, 40))
+    torch.nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    torch.save({name: w.grad for name, w in model.named_parameters()} | {"tokens": tokens}, tmp_path / "gradients")
+    (tmp_path / "gradients.py").write_text(GRADIENTS)
+    run = torchrun(n, tmp_path / "gradients.py", folder, tmp_path / "gradients")
+    assert run.returncode == 0, run.stderr
+
+
+def test_half_of_a_launch_is_refused(tiny_checkpoint, tmp_path):
+    (tmp_path / "build.py").write_text("import sys; from llama import Llama; Llama.build(sys.argv[1], None, 8, 1)")
+    assert run_python(tmp_path / "build.py", tiny_checkpoint, RANK="0", WORLD_SIZE="1").returncode == 0
+    run = run_python(tmp_path / "build.py", tiny_checkpoint, RANK="0", WORLD_SIZE="2")
+    assert "WORLD_SIZE=2, but ['MASTER_ADDR', 'MASTER_PORT'] are not set: start with torchrun" in run.stderr
 
 
 def test_model_parallel_size_without_the_processes(tiny_checkpoint):

@@ -12,7 +12,7 @@ from sentencepiece import SentencePieceProcessor
 
 from llama import Tokenizer
 from llama.tokenizer import split_long
-from llama.vocabulary import byte_level_ranks
+from llama.vocabulary import _gpt2_characters, byte_level_ranks, read_tiktoken
 
 HARD_TEXTS = [
     "",
@@ -79,8 +79,9 @@ def test_special_tokens_are_plain_text_unless_allowed(llama3):
     assert [i for i in llama3.encode(text, bos=False, eos=False, allowed_special="all") if i >= 268] == [eot, 268]
     with pytest.raises(ValueError, match="eot_id"):
         llama3.encode(text, bos=False, eos=False, disallowed_special={"<|eot_id|>"})
-    with pytest.raises(ValueError, match="eot_id"):
-        llama3.encode(text, bos=False, eos=False, disallowed_special="all")
+    with pytest.raises(ValueError, match="begin_of_text"):
+        llama3.encode(text, bos=False, eos=False, disallowed_special="all", allowed_special={"<|eot_id|>"})
+    assert llama3.encode(text, bos=False, eos=False, allowed_special={"<|no_such|>"}) == plain
 
 
 @pytest.mark.real
@@ -181,6 +182,9 @@ def test_bytes_without_a_token_are_dropped(smollm):
     ids = smollm.encode("x\x04<|im_end|>y", bos=False, eos=False, allowed_special={"<|im_end|>"})
     assert ids == [*smollm.encode("x", False, False), 2, *smollm.encode("y", False, False)]
     assert 2 not in smollm.encode("x\x04<|im_end|>y", bos=False, eos=False)
+    assert 2 not in smollm.encode("x\x04<|im_end|>y", bos=False, eos=False, allowed_special={"<|foo|>"})
+    with pytest.raises(ValueError, match="im_end"):
+        smollm.encode("x\x04<|im_end|>y", bos=False, eos=False, disallowed_special="all")
 
 
 def reference_split(text: str) -> list[str]:
@@ -281,6 +285,21 @@ def test_a_cut_tokenizer(tmp_path):
         (tmp_path / "cut.model").write_bytes(whole[:end])
         with pytest.raises(ValueError, match=r"cut\.model"):
             Tokenizer(tmp_path / "cut.model")
+
+
+@pytest.mark.real
+def test_llama3s_merges_as_gguf_files_list_them(real_llama3_path, tmp_path):
+    """Every way to make each token from two others, token by token: 280,147 of them, as in published files."""
+    vocabulary = read_tiktoken(real_llama3_path)
+    characters = _gpt2_characters()
+    tokens = {"".join(characters[byte] for byte in token): i for token, i in vocabulary.ranks.items()}
+    merges = []
+    for token in tokens:
+        ways = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        made = [(left, right) for left, right in ways if left in tokens and right in tokens]
+        merges += [f"{left} {right}" for left, right in sorted(made, key=lambda way: (tokens[way[0]], tokens[way[1]]))]
+    assert len(merges) == 280147
+    assert byte_level_ranks(tokens, merges, tmp_path) == vocabulary.ranks
 
 
 def test_merges_must_be_in_the_order_of_their_ids(tmp_path):
