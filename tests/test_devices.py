@@ -56,9 +56,15 @@ class SpelledOut(TorchFunctionMode):
 
 
 class KnownValues(TorchFunctionMode):
-    """Knows the values that the host asks for, where it should ask for them: fake tensors have none."""
+    """Knows the values that the host asks for, where it should ask for them: fake tensors have none.
+
+    And refuses an index on another device, which PyTorch takes, but has to copy.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert all(i.device == args[0].device for i in index if isinstance(i, torch.Tensor))
         if function in (torch.Tensor.max, torch.Tensor.min) and args[0].device.type == "cpu":
             return SEQ  # the rows' positions
         if function is torch.Tensor.item:  # which a fake `tolist` calls
