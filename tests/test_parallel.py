@@ -72,6 +72,7 @@ else:
 from llama.parallel import restore_stdout
 restore_stdout()
 print(f"hello from {dist.get_rank()};", end="")
+dist.destroy_process_group()  # whoever makes the groups ends them
 """
 
 
