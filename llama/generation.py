@@ -254,8 +254,9 @@ class Llama:
         texts = [list(prompt) for prompt in prompts]
         for step in range(max(rooms)):
             ids = parallel.same_on_all_ranks(next_tokens(logits, temperature, top_p))  # (batch)
+            # Here the host waits for the device, once a step, to see which rows have ended.
             scores = token_logprobs(logits, ids.clamp(min=0)).tolist() if logprobs else [None] * len(prompts)
-            for row, token in enumerate(ids.tolist()):  # here the host waits for the device, once a step
+            for row, token in enumerate(ids.tolist()):
                 if not alive[row]:
                     continue
                 if token == -1:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from llama.checkpoint import parameter_shapes, split_axis
+from llama.checkpoint import parameter_shapes, share
 from llama.model_args import ModelArgs
 from llama.parallel import model_parallel_size
 
@@ -31,10 +31,8 @@ def weight_bytes(args: ModelArgs, dtype: torch.dtype, size: int) -> int:
     """Bytes of weights on each of `size` model-parallel processes."""
     numbers = 0
     for name, shape in parameter_shapes(args).items():
-        shares = 1 if split_axis(name) is None else size
-        if name.endswith(("wk.weight", "wv.weight")):
-            shares = min(size, args.kv_heads)  # a kv head isn't split further
-        numbers += prod(shape) // shares
+        axis, start, stop = share(name, shape, args, 0, size)
+        numbers += prod(shape) if axis is None else prod(shape) // shape[axis] * (stop - start)
     return numbers * dtype.itemsize
 
 

@@ -300,11 +300,11 @@ class Transformer(nn.Module):
 
     def setup_cache(self) -> KVCache:
         """The cache, made now if there is none yet, or if the model has since changed its device or dtype."""
-        weight, keys = self.norm.weight, None if self.cache is None else self.cache.keys
-        if keys is None or (keys.device, keys.dtype) != (weight.device, weight.dtype):
-            self.cache = keys = None  # its memory goes before new memory is taken
-            self.cache = KVCache(self.params, device=weight.device, dtype=weight.dtype)
-        return self.cache  # type: ignore[return-value]
+        cache, weight = self.cache, self.norm.weight
+        if cache is None or (cache.keys.device, cache.keys.dtype) != (weight.device, weight.dtype):
+            cache = self.cache = None  # its memory goes before new memory is taken
+            cache = self.cache = KVCache(self.params, device=weight.device, dtype=weight.dtype)
+        return cache
 
     def _span(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None) -> Span:
         if tokens.dim() != 2:
