@@ -13,6 +13,7 @@ def main(
     max_seq_len: int = 512,
     max_gen_len: int | None = None,
     max_batch_size: int = 4,
+    stream: bool = False,
 ) -> None:
     """Answer a few chats.
 
@@ -20,13 +21,14 @@ def main(
     torchrun --nproc_per_node N example_chat_completion.py --ckpt_dir ...
 
     Args:
-        ckpt_dir: the checkpoint of a chat model: a folder with *.pth files and params.json, or a GGUF file
+        ckpt_dir: the checkpoint of a chat model: a folder in Meta's or Hugging Face's layout, or a GGUF file
         tokenizer_path: the tokenizer's file, where it isn't with the checkpoint
         temperature: how freely to draw; 0 always takes the likeliest token
         top_p: draw from the likeliest tokens that together have this probability
         max_seq_len: longest chat, in tokens: dialog and answer together
         max_gen_len: longest answer, in tokens; by default as long as max_seq_len allows
         max_batch_size: most chats at a time
+        stream: show each answer as it comes, one after the other
     """
     generator = Llama.build(
         ckpt_dir=ckpt_dir or default_checkpoint(),
@@ -47,13 +49,25 @@ def main(
         ],
         [{"role": "user", "content": "What is the capital of Italy?"}],
     ]
+    if stream:
+        for dialog in dialogs:
+            show(dialog)
+            print("Assistant: ", end="")
+            for piece in generator.chat_completion_stream([dialog], temperature, top_p, max_gen_len):
+                print(piece.text, end="", flush=True)
+            print("\n\n==================================\n")
+        return
     for start in range(0, len(dialogs), max_batch_size):
         batch = dialogs[start : start + max_batch_size]
         results = generator.chat_completion(batch, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
         for dialog, result in zip(batch, results, strict=True):
-            for message in [*dialog, result["generation"]]:
-                print(f"{message['role'].capitalize()}: {message['content']}\n")
+            show([*dialog, result["generation"]])
             print("==================================\n")
+
+
+def show(dialog: Dialog) -> None:
+    for message in dialog:
+        print(f"{message['role'].capitalize()}: {message['content']}\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ def main(
     max_seq_len: int = 128,
     max_gen_len: int = 64,
     max_batch_size: int = 4,
+    stream: bool = False,
 ) -> None:
     """Complete a few texts.
 
@@ -20,13 +21,14 @@ def main(
     torchrun --nproc_per_node N example_text_completion.py --ckpt_dir ...
 
     Args:
-        ckpt_dir: the checkpoint: a folder with *.pth files and params.json, or a GGUF file
+        ckpt_dir: the checkpoint: a folder in Meta's or Hugging Face's layout, or a GGUF file
         tokenizer_path: the tokenizer's file, where it isn't with the checkpoint
         temperature: how freely to draw; 0 always takes the likeliest token
         top_p: draw from the likeliest tokens that together have this probability
         max_seq_len: longest text, in tokens: prompt and completion together
         max_gen_len: longest completion, in tokens
         max_batch_size: most texts at a time
+        stream: show each answer as it comes, one after the other
     """
     generator = Llama.build(
         ckpt_dir=ckpt_dir or default_checkpoint(),
@@ -40,6 +42,13 @@ def main(
         "A short list of things to take on a walk in the rain:\n1. An umbrella\n2.",
         "Once upon a time, in a library that nobody had visited for a hundred years,",
     ]
+    if stream:
+        for prompt in prompts:
+            print(f"{prompt}\n> ", end="")
+            for piece in generator.text_completion_stream([prompt], temperature, top_p, max_gen_len):
+                print(piece.text, end="", flush=True)
+            print("\n\n==================================\n")
+        return
     for start in range(0, len(prompts), max_batch_size):
         batch = prompts[start : start + max_batch_size]
         results = generator.text_completion(batch, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)

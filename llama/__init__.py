@@ -1,7 +1,7 @@
 """A faithful, readable reference implementation of Llama 2 and Llama 3 text generation in PyTorch.
 
 To learn how Llama works, read `model` (the network), `tokenizer` and `chat` (text to ids), `sampling` (logits to the
-next id), and `generation` (the decode loop), in this order.
+next id), `decoding` (the decode loop) and `generation` (what lies on it), in this order.
 """
 
 from llama.chat import ChatFormat, Dialog, Message, Role

@@ -41,14 +41,14 @@ class ChatFormat:
             special = getattr(tokenizer, "special_tokens", None)
             if not special:
                 cls = Llama2Format
-            elif "<|start_header_id|>" in special:
+            elif set(special) >= Llama3Format.TOKENS:
                 cls = Llama3Format
             elif "<|im_start|>" in special:
                 cls = ChatMLFormat
             else:
                 raise InputError(
-                    "no chat format is known for this tokenizer: it has neither <|start_header_id|> nor <|im_start|>; "
-                    "pass a formatter to Llama(model, tokenizer, formatter=…)"
+                    "no chat format is known for this tokenizer: it has neither <|start_header_id|> nor <|im_start|>, "
+                    "with all that belongs to them; pass a formatter to Llama(model, tokenizer, formatter=…)"
                 )
         return super().__new__(cls)
 
@@ -81,6 +81,8 @@ class ChatFormat:
 
 class Llama3Format(ChatFormat):
     """begin_of_text, then for each message: start_header role end_header, a blank line, the content, eot."""
+
+    TOKENS = frozenset({"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"})
 
     def encode_header(self, message: Message) -> list[int]:
         special = self.tokenizer.special_tokens

@@ -1,8 +1,6 @@
-"""What `Llama.generate` is asked for, found right before it begins; and what to say when the network fails it."""
+"""Prompts, found right before anything is read; and what to say when the network fails."""
 
-import math
 from collections.abc import Sequence
-from numbers import Integral, Real
 from operator import index
 from typing import Any
 
@@ -12,27 +10,10 @@ from llama.errors import InputError
 from llama.model import Transformer
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value is a real number, of Python or numpy, and no flag."""
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def check_sampling(max_gen_len: int, temperature: float, top_p: float) -> None:
-    """Raise InputError if one of these is out of range."""
-    if isinstance(max_gen_len, bool) or not isinstance(max_gen_len, Integral) or max_gen_len < 0:
-        raise InputError(f"max_gen_len={max_gen_len!r} must be a whole number of at least 0")
-    if not is_number(temperature) or not math.isfinite(temperature) or temperature < 0:
-        raise InputError(f"temperature={temperature!r} must be a number of at least 0")
-    if 0 < temperature < 1e-30:
-        raise InputError(f"temperature={temperature!r} is too small to divide by; 0 takes the likeliest token")
-    if not is_number(top_p) or not 0 <= top_p <= 1:
-        raise InputError(f"top_p={top_p!r} must be between 0 and 1")
-
-
 def check_prompts(
-    prompt_tokens: Sequence[Sequence[int]], max_batch_size: int, max_seq_len: int, vocab_size: int
+    prompt_tokens: Sequence[Sequence[int]], rows_each: int, max_batch_size: int, max_seq_len: int, vocab_size: int
 ) -> list[list[int]]:
-    """The prompts as lists of ints; InputError if they don't fit the model."""
+    """The prompts as lists of ints; InputError if they, with so many rows each, don't fit the model."""
     try:
         prompts = [[index(token) for token in prompt] for prompt in prompt_tokens]
     except TypeError as error:
@@ -43,6 +24,11 @@ def check_prompts(
         raise InputError(
             f"{len(prompts)} prompts given, but max_batch_size={max_batch_size}: give fewer at a time, or build with a "
             f"larger max_batch_size"
+        )
+    if len(prompts) * rows_each > max_batch_size:
+        raise InputError(
+            f"{len(prompts)} prompt(s) with {rows_each} rows each (num_return_sequences or num_beams) are more than "
+            f"max_batch_size={max_batch_size}"
         )
     for row, prompt in enumerate(prompts):
         if not prompt:
@@ -58,8 +44,15 @@ def check_prompts(
     return prompts
 
 
-def explain_non_finite(model: Any, text: list[int]) -> str:
-    """An error message: which layer is the first to compute NaN or infinity on these tokens, and what to try."""
+@torch.no_grad()
+def explain_non_finite(model: Any, text: list[int], processed: bool = False) -> str:
+    """An error message: which layer is the first to compute NaN or infinity on these tokens, and what to try.
+
+    Args:
+        processed: whether a logits_processor had a hand in it.
+    """
+    if processed:
+        return "after the logits_processor, the logits of a row hold NaN or infinity, or leave no token to choose"
     message = "the network computed NaN or infinity"
     if not isinstance(model, Transformer):
         return message

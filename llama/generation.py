@@ -1,68 +1,72 @@
-"""Generation: the one decode loop, and what lies on it.
+"""Generation: a `Llama` is a model and its tokenizer, and answers prompts of ids, texts, and dialogs.
 
-    text -> ids -> [read the prompts in one pass] -> [draw a token a row, pass it through the network, again] -> text
+    text -> ids -> [the decode loop: `llama.decoding`] -> ids -> text
 
-`Llama.generate` works on ids; `text_completion` and `chat_completion` dress it in text.
+`generate` works on ids; `text_completion` and `chat_completion` dress it in text. Each has a stream, which yields what
+it returns piece by piece, as it comes.
 """
 
 import logging
-import math
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 import torch
+from typing_extensions import Unpack
 
 from llama import parallel
+from llama.answer import Piece
 from llama.chat import ChatFormat, Dialog, Message, Role
 from llama.checkpoint import check_tensors, load_model, open_checkpoint
-from llama.checks import check_prompts, check_sampling, explain_non_finite
+from llama.checks import check_prompts
+from llama.decoding import Decoder
 from llama.errors import InputError
 from llama.memory import default_dtype, explain_out_of_memory, report
-from llama.model import Transformer
-from llama.sampling import next_tokens, sample_top_p, token_logprobs
+from llama.options import Decoding, DecodingOptions
+from llama.sampling import sample_top_p
 from llama.tokenizer import Tokenizer
 
-__all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Role", "sample_top_p"]
+__all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Piece", "Role", "sample_top_p"]
 
 logger = logging.getLogger("llama")
 
-# Prompts are scored in blocks of positions whose logits take about this many numbers (128 MB in float32).
-LOGITS_AT_ONCE = 2**25
-
 
 class CompletionPrediction(TypedDict, total=False):
-    """A completed text; `tokens` (each token's text) and `logprobs` are there when logprobs were asked for."""
+    """A completed text; `tokens` (each token's text) and `logprobs` are there when logprobs were asked for, and `score`
+    when beams were."""
 
     generation: str
     tokens: list[str]
     logprobs: list[float]
+    score: float
 
 
 class ChatPrediction(TypedDict, total=False):
-    """The assistant's message; `tokens` (each token's text) and `logprobs` are there when they were asked for."""
+    """The assistant's message; the rest is as in `CompletionPrediction`."""
 
     generation: Message
     tokens: list[str]
     logprobs: list[float]
+    score: float
 
 
-class Drawn(NamedTuple):
-    """A new token of one row."""
+class Collected(NamedTuple):
+    """The answers to a batch, row by row."""
 
-    row: int
-    token: int
-    logprob: float | None  # None unless asked for
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    excess: list[int]  # characters of the last token that a stop text began in
+    scores: list[float | None]
 
 
 class Llama:
     """A model and its tokenizer, ready to generate. `Llama.build` makes one from files.
 
-    Calls from several threads wait for each other, since the model has one cache.
+    Calls from several threads wait for each other, since the model has one cache; so does a call for another thread's
+    stream. A stream that its own thread leaves behind, by another call, can't go on. Closed, it can be forgotten.
 
     Args:
         model: a `Transformer`, or anything with `params` (`max_batch_size`, `max_seq_len`) and `forward(tokens,
@@ -73,11 +77,18 @@ class Llama:
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, formatter: Any = None) -> None:
-        self.model = model
+        self._decoder = Decoder(model)
         self.tokenizer = tokenizer
-        self._lock = threading.Lock()
         if formatter is not None:
             self.formatter = formatter
+
+    @property
+    def model(self) -> Any:
+        return self._decoder.model
+
+    @model.setter
+    def model(self, model: Any) -> None:
+        self._decoder = Decoder(model)
 
     @cached_property
     def formatter(self) -> Any:
@@ -103,7 +114,7 @@ class Llama:
         0 standard output is silent (`llama.parallel.restore_stdout` undoes that).
 
         Args:
-            ckpt_dir: a folder in Meta's layout, or a GGUF file.
+            ckpt_dir: a folder in Meta's layout or Hugging Face's, or a GGUF file.
             tokenizer_path: the tokenizer's file; None for the one that comes with the checkpoint.
             max_seq_len: room for this many tokens a row, prompt and answer together.
             max_batch_size: room for this many rows.
@@ -127,7 +138,7 @@ class Llama:
             raise InputError(f"dtype={dtype!r} must be torch.bfloat16, float16, float32 or float64")
         checkpoint = open_checkpoint(ckpt_dir)
         tokenizer = Tokenizer(tokenizer_path) if tokenizer_path is not None else checkpoint.tokenizer()
-        args = checkpoint.model_args(tokenizer.n_words, max_seq_len, max_batch_size)
+        args = checkpoint.settings.model_args(tokenizer.n_words, max_seq_len, max_batch_size)
         check_tensors(checkpoint, args)
 
         place = parallel.setup(device, model_parallel_size)
@@ -150,6 +161,7 @@ class Llama:
         top_p: float = 0.9,
         logprobs: bool = False,
         echo: bool = False,
+        **options: Unpack[DecodingOptions],
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continue prompts of token ids.
 
@@ -161,118 +173,38 @@ class Llama:
             logprobs: also return the natural log of each returned token's probability, whatever the temperature.
             echo: return the prompt before the new tokens. With `max_gen_len=0` and `logprobs` this scores a text; its
                 first token, which nothing stands before, gets 0.0.
+            options: see `llama.options.DecodingOptions`. Of several answers to a prompt, those to the first prompt come
+                first; found by beams, the best first. A stop text ends an answer before the first token that is all
+                part of it.
 
         Returns:
             The ids of each row, up to and without its first stop token, and their logprobs, or None.
 
         Raises:
-            InputError: an argument out of range; the message says which, and what is right.
+            InputError: an argument out of range, or a combination that makes no sense; the message says what is right.
             ArithmeticError: the network computed something that is no finite number.
         """
-        check_sampling(max_gen_len, temperature, top_p)
-        vocab_size = getattr(self.model.params, "vocab_size", -1)
-        prompts = check_prompts(
-            prompt_tokens,
-            self.model.params.max_batch_size,
-            self.model.params.max_seq_len,
-            vocab_size if vocab_size > 0 else getattr(self.tokenizer, "n_words", sys.maxsize),
-        )
-        tokens = [list(prompt) if echo else [] for prompt in prompts]
-        scores: list[list[float]] = [[] for _ in prompts]
-        rooms = [min(max_gen_len, self.model.params.max_seq_len - len(prompt)) for prompt in prompts]
-        with self._lock, torch.no_grad():
-            if max(rooms) > 0 or (echo and logprobs):
-                hidden, head = self._read(prompts, max(rooms))
-                rows = torch.arange(len(prompts), device=hidden.device)
-                last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=hidden.device)
-                logits = head(hidden[rows, last])  # (batch, vocab_size)
-                if echo and logprobs:
-                    block = max(1, LOGITS_AT_ONCE // logits.shape[-1])
-                    scores = [self._score(prompt, hidden[row], head, block) for row, prompt in enumerate(prompts)]
-                del hidden  # of a model that isn't ours, these are the logits of every position
-                for drawn in self._decode(prompts, logits, rooms, temperature, top_p, logprobs):
-                    tokens[drawn.row].append(drawn.token)
-                    if drawn.logprob is not None:
-                        scores[drawn.row].append(drawn.logprob)
-        return tokens, scores if logprobs else None
+        how = Decoding(max_gen_len, temperature, top_p, **options)
+        found = self._collect(prompt_tokens, how, logprobs=logprobs, echo=echo)
+        return found.tokens, found.logprobs if logprobs else None
 
-    def _read(self, prompts: list[list[int]], room: int) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-        """Pass all prompts through the network at once; at most `room` tokens will follow.
-
-        Returns:
-            Something for each position, (batch, longest prompt, …), and the function that makes logits of it. For our
-            network these are its two halves, so that only the positions that are used pass through `output`.
-        """
-        longest = max(len(prompt) for prompt in prompts)
-        # Shorter rows are filled up on the right, where no token of their own looks; what they store there in the
-        # cache is overwritten, slot by slot, before it is looked at.
-        padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
-        tokens = torch.tensor(padded, dtype=torch.long, device=self._device)
-        if getattr(self.model.forward, "__func__", None) is Transformer.forward:
-            if min(map(len, prompts)) < longest:  # then the shorter rows' slots there are masked, not written
-                self.model.setup_cache().clear(longest, longest + room)
-            return self.model.hidden_states(tokens, 0), self.model.logits
-        return self.model.forward(tokens, 0), torch.Tensor.float
-
-    def _score(
-        self, prompt: list[int], hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], block: int
-    ) -> list[float]:
-        """The logprob of each token of a prompt, given those before it, from the logits of `block` positions a time."""
-        ids = torch.tensor(prompt, dtype=torch.long, device=hidden.device)
-        scores = [0.0]  # nothing stands before the first
-        for start in range(0, len(prompt) - 1, block):
-            targets = ids[1 + start : 1 + start + block]
-            scores += token_logprobs(head(hidden[start : start + len(targets)]), targets).tolist()
-        if any(map(math.isnan, scores)):
-            raise ArithmeticError(explain_non_finite(self.model, prompt))
-        return scores
-
-    def _decode(
+    def generate_stream(
         self,
-        prompts: list[list[int]],
-        logits: torch.Tensor,
-        rooms: list[int],
-        temperature: float,
-        top_p: float,
-        logprobs: bool,
-    ) -> Iterator[Drawn]:
-        """The decode loop: yields the new tokens of the rows, step by step, until every row has ended.
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        logprobs: bool = False,
+        **options: Unpack[DecodingOptions],
+    ) -> Iterator[Piece]:
+        """What `generate` returns, each token as it is drawn.
 
-        `logits`, (batch, vocab_size), are those after the prompts.
-
-        A row ends before its first stop token, or when its room is used up. Ended rows stay in the batch, so that the
-        others' draws don't depend on when they ended.
+        Yields:
+            Pieces with `row`, `token`, `logprob` (if asked for) and, in a row's last piece, `ended`: "stop" or
+            "length". A last piece may have no token. The stream may be left at any time.
         """
-        stop_tokens = self._stop_tokens
-        lengths = [len(prompt) for prompt in prompts]
-        last_pos = self.model.params.max_seq_len - 1
-        # Rows of one length share one position, which stays a plain int; others have one each, on the CPU.
-        start_pos: int | torch.Tensor = lengths[0]
-        if len(set(lengths)) > 1:
-            start_pos = torch.tensor(lengths, device="cpu").clamp(max=last_pos)
-        alive = [room > 0 for room in rooms]
-        texts = [list(prompt) for prompt in prompts]
-        for step in range(max(rooms)):
-            ids = parallel.same_on_all_ranks(next_tokens(logits, temperature, top_p))  # (batch)
-            # Here the host waits for the device, once a step, to see which rows have ended.
-            scores = token_logprobs(logits, ids.clamp(min=0)).tolist() if logprobs else [None] * len(prompts)
-            for row, token in enumerate(ids.tolist()):
-                if not alive[row]:
-                    continue
-                if token == -1:
-                    raise ArithmeticError(explain_non_finite(self.model, texts[row]))
-                alive[row] = token not in stop_tokens
-                if alive[row]:
-                    texts[row].append(token)
-                    yield Drawn(row, token, scores[row])
-                    alive[row] = step + 1 < rooms[row]
-            if not any(alive):
-                return
-            logits = self.model.forward(ids[:, None].clamp(min=0), start_pos)[:, -1].float()
-            if isinstance(start_pos, int):
-                start_pos += 1
-            else:  # a row at the end of the context has ended, and waits there
-                start_pos = (start_pos + 1).clamp(max=last_pos)
+        how = Decoding(max_gen_len, temperature, top_p, **options)
+        return self._stream(prompt_tokens, how, logprobs=logprobs, text=how.stop is not None)
 
     def text_completion(
         self,
@@ -282,29 +214,42 @@ class Llama:
         max_gen_len: int | None = None,
         logprobs: bool = False,
         echo: bool = False,
+        **options: Unpack[DecodingOptions],
     ) -> list[CompletionPrediction]:
         """Continue texts.
 
         Args:
             prompts: a list of texts.
             max_gen_len: at most this many new tokens; None for as many as there is room for.
-            temperature, top_p, logprobs, echo: see `generate`.
+            temperature, top_p, logprobs, echo, options: see `generate`.
 
         Returns:
-            A prediction for each prompt, in order.
-
-        Raises:
-            InputError: an argument out of range; the message says which, and what is right.
+            A prediction for each prompt, in order; with `num_return_sequences`, all of the first prompt's, then all of
+            the second's, and so on. What is raised is what `generate` raises.
         """
-        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-            raise InputError(f"prompts must be a list of texts, not {prompts!r:.80}")
-        bos = getattr(self.tokenizer, "add_bos", True)
-        prompt_tokens = [self.tokenizer.encode(prompt, bos=bos, eos=False) for prompt in prompts]
-        tokens, scores = self.generate(
-            prompt_tokens, self._gen_len(max_gen_len), temperature, top_p, logprobs=logprobs, echo=echo
-        )
-        predictions = [CompletionPrediction(generation=self.tokenizer.decode(ids)) for ids in tokens]
-        return self._with_logprobs(predictions, tokens, scores)
+        how = Decoding(self._gen_len(max_gen_len), temperature, top_p, **options)
+        found = self._collect(self._encode(prompts), how, logprobs=logprobs, echo=echo)
+        answers = zip(found.tokens, found.excess, strict=True)
+        predictions = [CompletionPrediction(generation=self._text(ids, excess)) for ids, excess in answers]
+        return self._with_details(predictions, found, logprobs)
+
+    def text_completion_stream(
+        self,
+        prompts: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        **options: Unpack[DecodingOptions],
+    ) -> Iterator[Piece]:
+        """What `text_completion` returns, piece by piece.
+
+        Yields:
+            Pieces whose `text`, joined row by row, is the prediction's. Text comes as soon as it is certain: no half
+            characters, and no beginnings of stop texts. The rest is as in `generate_stream`.
+        """
+        how = Decoding(self._gen_len(max_gen_len), temperature, top_p, **options)
+        return self._stream(self._encode(prompts), how, logprobs=logprobs, text=True)
 
     def chat_completion(
         self,
@@ -313,6 +258,7 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
+        **options: Unpack[DecodingOptions],
     ) -> list[ChatPrediction]:
         """Answer dialogs, as the assistant.
 
@@ -320,44 +266,132 @@ class Llama:
             dialogs: a list of dialogs, each a list of messages `{"role": …, "content": …}`. One that the chat format
                 refuses gets its refusal as the content; tokens and logprobs are those of the model all the same.
             max_gen_len: at most this many new tokens; None for as many as there is room for.
-            temperature, top_p, logprobs: see `generate`.
+            temperature, top_p, logprobs, options: see `generate`. With `reuse_cache=True` a dialog that is the last
+                call's, a turn or more longer, costs only its new tokens.
 
         Returns:
-            A prediction for each dialog, in order.
+            A prediction for each dialog, in the order of `text_completion`.
 
         Raises:
             InputError: an argument out of range, an unknown role, or an order of roles the chat format doesn't know.
         """
+        how = Decoding(self._gen_len(max_gen_len), temperature, top_p, **options)
+        prompt_tokens, refusals = self._encode_dialogs(dialogs)
+        found = self._collect(prompt_tokens, how, logprobs=logprobs)
+        predictions = []
+        for row, ids in enumerate(found.tokens):
+            refusal = refusals[row // how.num_return_sequences]
+            content = self._text(ids, found.excess[row]) if refusal is None else refusal
+            message: Message = {"role": "assistant", "content": content}
+            predictions.append(ChatPrediction(generation=message))
+        return self._with_details(predictions, found, logprobs)
+
+    def chat_completion_stream(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        **options: Unpack[DecodingOptions],
+    ) -> Iterator[Piece]:
+        """What `chat_completion` returns, piece by piece: see `text_completion_stream`."""
+        how = Decoding(self._gen_len(max_gen_len), temperature, top_p, **options)
+        prompt_tokens, refusals = self._encode_dialogs(dialogs)
+        stream = self._stream(prompt_tokens, how, logprobs=logprobs, text=True)
+
+        def pieces() -> Iterator[Piece]:
+            told = set()  # the rows whose refusal is out
+            for piece in stream:
+                refusal = refusals[piece.row // how.num_return_sequences]
+                if refusal is not None:
+                    piece = piece._replace(text="" if piece.row in told else refusal)
+                    told.add(piece.row)
+                yield piece
+
+        return pieces()
+
+    def _collect(
+        self, prompt_tokens: Sequence[Sequence[int]], how: Decoding, *, logprobs: bool, echo: bool = False
+    ) -> Collected:
+        """All answers, when they are done."""
+        prompts = self._check(prompt_tokens, how)
+        rows = len(prompts) * how.num_return_sequences
+        found = Collected([[] for _ in range(rows)], [[] for _ in range(rows)], [0] * rows, [None] * rows)
+        texts = [""] * rows
+        for piece in self._run(prompts, how, logprobs=logprobs, echo=echo, text=how.stop is not None):
+            if piece.token is not None:
+                found.tokens[piece.row].append(piece.token)
+                if piece.logprob is not None:
+                    found.logprobs[piece.row].append(piece.logprob)
+            texts[piece.row] += piece.text
+            if piece.ended is not None:
+                found.scores[piece.row] = piece.score
+        for row in range(rows if how.stop is not None else 0):
+            new = found.tokens[row][len(prompts[row // how.num_return_sequences]) if echo else 0 :]
+            found.excess[row] = len(self.tokenizer.decode(new)) - len(texts[row])
+        return found
+
+    def _stream(
+        self, prompt_tokens: Sequence[Sequence[int]], how: Decoding, *, logprobs: bool, text: bool
+    ) -> Iterator[Piece]:
+        """The answers, piece by piece. What is wrong with the arguments is said now, not at the first piece."""
+        if how.num_beams > 1:
+            raise InputError(
+                f"num_beams={how.num_beams}: beam search has no answer before it is done, so there is no stream"
+            )
+        return self._run(self._check(prompt_tokens, how), how, logprobs=logprobs, echo=False, text=text)
+
+    def _run(
+        self, prompts: list[list[int]], how: Decoding, *, logprobs: bool, echo: bool, text: bool
+    ) -> Iterator[Piece]:
+        stop_tokens = getattr(self.tokenizer, "stop_tokens", None)
+        ends = {self.tokenizer.eos_id} if stop_tokens is None else set(stop_tokens)
+        decode = self.tokenizer.decode if text else None
+        return self._decoder.run(prompts, how, ends, decode, logprobs=logprobs, echo=echo)
+
+    def _check(self, prompt_tokens: Sequence[Sequence[int]], how: Decoding) -> list[list[int]]:
+        """The prompts as lists of ints; InputError if they don't fit the model."""
+        params = self.model.params
+        vocab_size = getattr(params, "vocab_size", -1)
+        words = vocab_size if vocab_size > 0 else getattr(self.tokenizer, "n_words", sys.maxsize)
+        each = max(how.num_return_sequences, how.num_beams)
+        prompts = check_prompts(prompt_tokens, each, params.max_batch_size, params.max_seq_len, words)
+        if each > 1:
+            self._decoder.check_reorder()
+        return prompts
+
+    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise InputError(f"prompts must be a list of texts, not {prompts!r:.80}")
+        bos = getattr(self.tokenizer, "add_bos", True)
+        return [self.tokenizer.encode(prompt, bos=bos, eos=False) for prompt in prompts]
+
+    def _encode_dialogs(self, dialogs: Sequence[Dialog]) -> tuple[list[list[int]], list[str | None]]:
+        """The prompts of dialogs, and what to answer in the model's place, if the format says so."""
         if isinstance(dialogs, str) or not isinstance(dialogs, Iterable):
             raise InputError(f"dialogs must be a list of dialogs, not {dialogs!r:.80}")
         dialogs = list(dialogs)
+        refusal = getattr(self.formatter, "refusal", lambda dialog: None)
         prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
-        tokens, scores = self.generate(prompt_tokens, self._gen_len(max_gen_len), temperature, top_p, logprobs=logprobs)
-        predictions = []
-        for dialog, ids in zip(dialogs, tokens, strict=True):
-            refusal = getattr(self.formatter, "refusal", lambda dialog: None)(dialog)
-            content = self.tokenizer.decode(ids) if refusal is None else refusal
-            predictions.append(ChatPrediction(generation={"role": "assistant", "content": content}))
-        return self._with_logprobs(predictions, tokens, scores)
+        return prompt_tokens, [refusal(dialog) for dialog in dialogs]
 
-    def _with_logprobs(self, predictions: list[Any], tokens: list[list[int]], scores: list[list[float]] | None) -> Any:
-        """Add the two optional keys, if logprobs were asked for."""
-        if scores is not None:
-            for prediction, ids, row in zip(predictions, tokens, scores, strict=True):
-                prediction["tokens"] = [self.tokenizer.decode([token]) for token in ids]
-                prediction["logprobs"] = row
+    def _text(self, ids: list[int], excess: int) -> str:
+        """The text of an answer, without the part of its last token that a stop text began in."""
+        text = self.tokenizer.decode(ids)
+        return text[: len(text) - excess]
+
+    def _with_details(self, predictions: list[Any], found: Collected, logprobs: bool) -> Any:
+        """Add the optional keys."""
+        for row, prediction in enumerate(predictions):
+            if logprobs:
+                tokens = [self.tokenizer.decode([token]) for token in found.tokens[row]]
+                if found.excess[row]:
+                    tokens[-1] = tokens[-1][: max(0, len(tokens[-1]) - found.excess[row])]
+                prediction["tokens"], prediction["logprobs"] = tokens, found.logprobs[row]
+            if found.scores[row] is not None:
+                prediction["score"] = found.scores[row]
         return predictions
 
     def _gen_len(self, max_gen_len: int | None) -> int:
         return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
-
-    @property
-    def _stop_tokens(self) -> set[int]:
-        stop_tokens = getattr(self.tokenizer, "stop_tokens", None)
-        return {self.tokenizer.eos_id} if stop_tokens is None else set(stop_tokens)
-
-    @property
-    def _device(self) -> torch.device:
-        """Where the model's weights are; a scripted model may have none."""
-        parameters = self.model.parameters() if hasattr(self.model, "parameters") else iter(())
-        return next((parameter.device for parameter in parameters), torch.device("cpu"))

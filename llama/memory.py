@@ -4,12 +4,12 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
-from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from llama.checkpoint import parameter_shapes, share
+from llama.checkpoint import parameter_count, read_settings
 from llama.model_args import ModelArgs
 from llama.parallel import model_parallel_size
 
@@ -27,13 +27,45 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if computes else torch.float32
 
 
+LLAMA2_WORDS = 32000  # its params.json leaves them to the tokenizer
+
+
+class Footprint(NamedTuple):
+    """What a model takes."""
+
+    parameters: int  # of the whole model; a tied embedding counts once
+    weight_bytes: int  # on each process
+    cache_bytes: int  # on each process
+
+
+def footprint(
+    path: str | Path, *, max_seq_len: int, max_batch_size: int, dtype: torch.dtype, model_parallel_size: int = 1
+) -> Footprint:
+    """What a model would take, from its `params.json` or `config.json` alone: no weights are needed.
+
+    Args:
+        path: one of these files, or a folder with one; or any checkpoint.
+        max_seq_len, max_batch_size: the size of the KV cache, in tokens a row and in rows.
+        dtype: of weights and cache.
+        model_parallel_size: processes that share the model.
+
+    Raises:
+        InputError: the model can't be split over so many processes, or is not made for so long a context.
+    """
+    settings = read_settings(path)
+    words = settings.params.get("vocab_size", -1)
+    args = settings.model_args(LLAMA2_WORDS if words == -1 else words, max_seq_len, max_batch_size)
+    args.check(model_parallel_size)
+    return Footprint(
+        parameter_count(args),
+        weight_bytes(args, dtype, model_parallel_size),
+        cache_bytes(args, dtype, model_parallel_size),
+    )
+
+
 def weight_bytes(args: ModelArgs, dtype: torch.dtype, size: int) -> int:
     """Bytes of weights on each of `size` model-parallel processes."""
-    numbers = 0
-    for name, shape in parameter_shapes(args).items():
-        axis, start, stop = share(name, shape, args, 0, size)
-        numbers += prod(shape) if axis is None else prod(shape) // shape[axis] * (stop - start)
-    return numbers * dtype.itemsize
+    return parameter_count(args, size) * dtype.itemsize
 
 
 def cache_bytes(args: ModelArgs, dtype: torch.dtype, size: int) -> int:
@@ -62,7 +94,7 @@ def report(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
     Raises:
         MemoryError: the KV cache alone is larger than the free memory.
     """
-    logger.info(describe(args, device, dtype))
+    logger.info("%s parameters: %s", f"{parameter_count(args):,}", describe(args, device, dtype))
     free = free_host_memory() if device.type == "cpu" else None
     if free is not None:
         processes, size = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), model_parallel_size()

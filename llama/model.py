@@ -11,6 +11,7 @@ Sources: Llama 2 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783).
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,7 @@ def precompute_freqs_cis(
     low_freq_factor: float = 1.0,
     high_freq_factor: float = 4.0,
     original_max_seq_len: int = 8192,
+    divisors: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """The rotations of rotary embedding (arXiv 2104.09864): e^(i pos theta^(-2j/dim)).
 
@@ -63,6 +65,7 @@ def precompute_freqs_cis(
     Args:
         dim: features a head.
         end: number of positions.
+        divisors: what to divide the frequencies by besides: one number for each of the dim / 2, or one for all.
 
     Returns:
         complex64 (end, dim / 2), on the CPU.
@@ -72,6 +75,8 @@ def precompute_freqs_cis(
         turns = original_max_seq_len * freqs / (2 * math.pi)  # that fit into the original context
         keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
         freqs = (1 - keep) * freqs / scaling_factor + keep * freqs
+    if divisors is not None:
+        freqs = freqs / torch.tensor(divisors, dtype=torch.float32, device="cpu")
     angles = torch.outer(torch.arange(end, dtype=torch.float32, device="cpu"), freqs)  # (end, dim / 2)
     return torch.polar(torch.ones_like(angles), angles)
 
@@ -142,6 +147,8 @@ class KVCache:
             # Zeros, since a masked slot has a weight of 0, and 0 times a NaN that happens to lie there would be NaN.
             self.keys = torch.zeros(shape, device=device, dtype=dtype)
             self.values = torch.zeros_like(self.keys)
+        # The ids of each row whose keys and values are there, as far as its user has said so since its last use.
+        self.held: list[list[int]] = []
 
     def update(
         self, layer_id: int, span: Span, xk: torch.Tensor, xv: torch.Tensor
@@ -151,6 +158,13 @@ class KVCache:
         self.keys[layer_id][span.slots] = xk
         self.values[layer_id][span.slots] = xv
         return self.keys[layer_id, :batch, : span.end], self.values[layer_id, :batch, : span.end]
+
+    def reorder(self, rows: torch.Tensor, end: int) -> None:
+        """Let row i hold what row `rows[i]` holds, up to position `end`."""
+        self.held = []
+        for tensor in (self.keys, self.values):
+            for layer in tensor.unbind():  # one at a time, so that the copies stay small
+                layer[: len(rows), :end] = layer[:, :end].index_select(0, rows)
 
     def clear(self, start: int, stop: int) -> None:
         """Forget what earlier calls left at these positions."""
@@ -262,6 +276,7 @@ class Transformer(nn.Module):
             low_freq_factor=params.rope_low_freq_factor,
             high_freq_factor=params.rope_high_freq_factor,
             original_max_seq_len=params.rope_original_max_seq_len,
+            divisors=params.rope_divisors,
         )
         self.cache: KVCache | None = None
 
@@ -289,7 +304,10 @@ class Transformer(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and start_pos is None):
             h = self.tok_embeddings(tokens)  # (batch, seq, dim)
             span = self._span(tokens, start_pos)
-            cache = None if start_pos is None else self.setup_cache()
+            cache = None
+            if start_pos is not None:
+                cache = self.setup_cache()
+                cache.held = []
             for layer in self.layers:
                 h = layer(h, span, cache)
             return self.norm(h)

@@ -1,6 +1,7 @@
 """The sizes of a model."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
 from llama.errors import InputError
@@ -27,9 +28,11 @@ class ModelArgs:
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_max_seq_len: int = 8192
+    rope_divisors: Sequence[float] | None = None  # of each frequency, or one for all, where that rule isn't used
     ffn_dim: int | None = None  # the feed-forward width itself, where the rule can't express it
     head_dim: int | None = None  # None: dim / n_heads
     tie_embeddings: bool = False  # output.weight is tok_embeddings.weight
+    max_position_embeddings: int | None = None  # the longest max_seq_len it was made for; None if that isn't known
 
     @property
     def kv_heads(self) -> int:
@@ -57,19 +60,27 @@ class ModelArgs:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name}={value} must be a number above 0")
+        if self.ffn_dim_multiplier is not None and self.ffn_dim_multiplier > 1e6:
+            raise InputError(f"ffn_dim_multiplier={self.ffn_dim_multiplier} is too large")
         if not 0 < self.rope_low_freq_factor < self.rope_high_freq_factor < math.inf:
             raise InputError(
                 f"rope_low_freq_factor={self.rope_low_freq_factor} must be above 0, and below "
                 f"rope_high_freq_factor={self.rope_high_freq_factor}"
             )
         sizes = ("dim", "n_layers", "n_heads", "kv_heads", "vocab_size", "head_size", "multiple_of", "ffn_size")
-        for name in (*sizes, "max_batch_size", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in (*sizes, "max_batch_size", "max_seq_len", "max_position_embeddings"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value} must be at least 1")
         if self.head_dim is None and self.dim % self.n_heads:
             raise InputError(f"dim={self.dim} must be a multiple of n_heads={self.n_heads}, or head_dim be given")
         if self.head_size % 2:
             raise InputError(f"the head size, {self.head_size}, must be even: rotary embedding turns pairs")
+        if self.rope_divisors is not None:
+            if len(self.rope_divisors) not in (1, self.head_size // 2):
+                raise InputError(f"{len(self.rope_divisors)} rope_divisors for {self.head_size // 2} frequencies")
+            if not all(0 < divisor < math.inf for divisor in self.rope_divisors):
+                raise InputError(f"rope_divisors={self.rope_divisors!r:.80} must be numbers above 0")
         if self.n_heads % self.kv_heads:
             raise InputError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.kv_heads}")
         if not self._fits(model_parallel_size):

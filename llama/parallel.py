@@ -148,6 +148,24 @@ def same_on_all_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def gather(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """On the first model-parallel process, what each gives, in order; on the others, nothing. Shapes are alike."""
+    group = groups.get_model_parallel_group()
+    parts = [torch.empty_like(tensor) for _ in range(model_parallel_size())] if model_parallel_rank() == 0 else []
+    dist.gather(tensor.contiguous(), parts or None, dst=groups.get_model_parallel_src_rank(), group=group)
+    return parts
+
+
+def raise_together(failure: BaseException | None) -> None:
+    """Raise what went wrong on the first process of all on every one; each must call this."""
+    if dist.is_initialized():
+        shared = [failure]
+        dist.broadcast_object_list(shared)
+        failure = failure or shared[0]
+    if failure is not None:
+        raise failure
+
+
 class ColumnParallelLinear(nn.Linear):
     """`x @ weight.T`, with the output features split over the processes.
 

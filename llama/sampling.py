@@ -1,9 +1,9 @@
-"""Logits to the next token: pure functions of tensors, drawing from torch's default generator."""
+"""Logits to the next token: pure functions of tensors, and of a generator; by default, torch's own."""
 
 import torch
 
 
-def sample_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
+def sample_top_p(probs: torch.Tensor, p: float, *, generator: torch.Generator | None = None) -> torch.Tensor:
     """Draw from the nucleus: the likeliest tokens that together reach probability p (arXiv 1904.09751).
 
     A token belongs to it while the probability of all likelier ones is at most p, so the likeliest always does.
@@ -11,6 +11,7 @@ def sample_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
     Args:
         probs: (batch, vocab_size), each row summing to 1; left as it is.
         p: 0 to 1.
+        generator: to draw from, on the device of `probs`; None for torch's default one.
 
     Returns:
         Token ids, (batch, 1).
@@ -19,27 +20,43 @@ def sample_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
     before = torch.cumsum(sorted_probs, dim=-1) - sorted_probs
     nucleus = sorted_probs.masked_fill(before > p, 0.0)
     nucleus = nucleus / nucleus.sum(dim=-1, keepdim=True)
-    return sorted_ids.gather(-1, torch.multinomial(nucleus, num_samples=1))
+    return sorted_ids.gather(-1, torch.multinomial(nucleus, num_samples=1, generator=generator))
 
 
-def next_tokens(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """The k largest logits of each row, (batch, vocab_size), and minus infinity in place of the others."""
+    values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    return torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
+
+
+def next_tokens(
+    logits: torch.Tensor,
+    temperature: float,
+    top_p: float,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
     """The next token of each row.
 
     Args:
         logits: (batch, vocab_size) float32.
         temperature: 0 takes the likeliest token; else logits are divided by it.
-        top_p: see `sample_top_p`.
+        top_p, generator: see `sample_top_p`.
+        top_k: draw from this many of the likeliest tokens; None for all.
 
     Returns:
         (batch) ids; -1 for a row that holds NaN or infinity, or nothing above minus infinity. (No exception, since to
         raise one the host would have to wait for the device.)
     """
     finite = logits.amax(dim=-1).isfinite()  # NaN is the greatest of all
-    if temperature == 0:
+    if temperature == 0 or top_k == 1:
         ids = logits.argmax(dim=-1)
     else:
         drawable = torch.where(finite[:, None], logits, 0.0)  # torch.multinomial aborts on NaN
-        ids = sample_top_p(torch.softmax(drawable / temperature, dim=-1), top_p).squeeze(-1)
+        scaled = drawable / temperature
+        if top_k is not None:
+            scaled = keep_top_k(scaled, top_k)
+        ids = sample_top_p(torch.softmax(scaled, dim=-1), top_p, generator=generator).squeeze(-1)
     return torch.where(finite, ids, -1)
 
 

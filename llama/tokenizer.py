@@ -13,7 +13,8 @@ from llama.chat import ChatFormat, Dialog, Message, Role
 from llama.errors import CheckpointError, InputError
 from llama.files import first_bytes, require_path
 from llama.gguf_file import GGUFFile
-from llama.vocabulary import Vocabulary, read_gguf, read_tiktoken
+from llama.tokenizer_json import read_tokenizer_json
+from llama.vocabulary import Vocabulary, is_tiktoken, read_gguf, read_tiktoken
 
 __all__ = ["ChatFormat", "Dialog", "Message", "Role", "Tokenizer"]
 
@@ -26,17 +27,19 @@ class Tokenizer:
     """Turns text into token ids and back.
 
     Args:
-        model_path: a `tokenizer.model` of Llama 3 (tiktoken ranks) or Llama 2 (sentencepiece), or a `*.gguf` file that
-            carries a byte-level vocabulary; told apart by looking at the file.
+        model_path: a `tokenizer.model` of Llama 3 (tiktoken ranks) or Llama 2 (sentencepiece), or a `tokenizer.json` or
+            `*.gguf` file that carries a byte-level vocabulary; told apart by looking at the file.
 
     Attributes:
-        n_words: number of tokens.
+        n_words: number of tokens; in Hugging Face folders, of rows of the embedding, which may be padded.
+        n_padding: how many of them no text is made of.
         bos_id, eos_id: the ids that begin (None if there is none) and end a text.
         pad_id: -1; no model ever sees it.
         stop_tokens: the ids at which generation ends.
         special_tokens: name -> id of the tokens that no plain text encodes to (empty for Llama 2).
         add_bos: whether a text to complete starts with BOS.
         chat_template: the Jinja template the file carries, or None.
+        vocabulary: the byte pairs it is made of; None for Llama 2.
 
     Raises:
         MissingFileError: no such file.
@@ -47,6 +50,7 @@ class Tokenizer:
         engine = _open(model_path)
         self.model = engine.model
         self.n_words: int = engine.n_words
+        self.n_padding = 0
         self.bos_id: int | None = engine.bos_id
         self.eos_id: int = engine.eos_id
         self.pad_id: int = -1
@@ -54,6 +58,7 @@ class Tokenizer:
         self.special_tokens: dict[str, int] = dict(engine.special_tokens)
         self.add_bos: bool = engine.add_bos
         self.chat_template: str | None = engine.chat_template
+        self.vocabulary: Vocabulary | None = engine.vocabulary
         self._engine = engine
 
     def encode(
@@ -99,41 +104,48 @@ class Tokenizer:
         for i in ids:
             if not 0 <= i < self.n_words:
                 raise InputError(f"token id {i} is outside the vocabulary of {self.n_words} tokens")
-        return self._engine.decode(ids)
+        return self._engine.decode([i for i in ids if i < self._engine.n_words])  # not n_padding
 
 
 def _open(model_path: str | Path | GGUFFile) -> "_BytePairs | _SentencePieces":
     """The engine for a file, told by its first bytes."""
     if isinstance(model_path, GGUFFile):
-        return _BytePairs(read_gguf(model_path))
+        return _BytePairs(read_gguf(model_path), model_path.path)
     path = require_path(model_path, "tokenizer_path")
     head = first_bytes(path)
     if head.startswith(b"GGUF"):
-        return _BytePairs(read_gguf(GGUFFile(path)))
+        return _BytePairs(read_gguf(GGUFFile(path)), path)
     if head.lstrip().startswith(b"{"):
-        raise CheckpointError(f"{path} is JSON; a tokenizer.model or a GGUF file is needed")
-    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", head):
-        return _BytePairs(read_tiktoken(path))
+        return _BytePairs(read_tokenizer_json(path), path)
+    if is_tiktoken(head):
+        return _BytePairs(read_tiktoken(path), path)
     return _SentencePieces(path)
 
 
 class _BytePairs:
     """Byte-pair encoding by tiktoken."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, path: Path) -> None:
+        self.vocabulary = vocabulary
         self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
         self.stop_tokens, self.special_tokens = vocabulary.stop_tokens, vocabulary.special_tokens
         self.add_bos, self.chat_template = vocabulary.add_bos, vocabulary.chat_template
-        self.n_words = 1 + max(*vocabulary.ranks.values(), *vocabulary.special_tokens.values())
-        self.model = tiktoken.Encoding(
-            name="llama",
-            pat_str=vocabulary.pattern,
-            mergeable_ranks=vocabulary.ranks,
-            special_tokens=vocabulary.special_tokens,
-        )
-        self._pattern = regex.compile(vocabulary.pattern)
+        self.n_words = 1 + max([*vocabulary.ranks.values(), *vocabulary.special_tokens.values()])
+        try:
+            self._pattern = regex.compile(vocabulary.pattern)
+            self.model = tiktoken.Encoding(
+                name="llama",
+                pat_str=vocabulary.pattern,
+                mergeable_ranks=vocabulary.ranks,
+                special_tokens=vocabulary.special_tokens,
+            )
+        except (ValueError, regex.error) as error:
+            raise CheckpointError(f"{path}: its split pattern {vocabulary.pattern!r:.200} fails: {error}") from error
+        if any(not match[0] for text in ("", "Ab, é中 12\n\t🙂") for match in self._pattern.finditer(text)):
+            raise CheckpointError(f"{path}: its split pattern {vocabulary.pattern!r:.200} matches nothing at all")
         # Bytes that some vocabularies (SmolLM2's) have no token for: dropped, as Hugging Face does. tiktoken panics.
         self._no_token = bytes(byte for byte in range(256) if bytes([byte]) not in vocabulary.ranks)
+        self._ids = {*vocabulary.ranks.values(), *vocabulary.special_tokens.values()}
 
     def encode(
         self, text: str, allowed: Literal["all"] | Collection[str], disallowed: Literal["all"] | Collection[str]
@@ -167,7 +179,7 @@ class _BytePairs:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        return self.model.decode(ids)
+        return self.model.decode([i for i in ids if i in self._ids])
 
 
 class _SentencePieces:
@@ -176,10 +188,10 @@ class _SentencePieces:
     def __init__(self, path: Path) -> None:
         try:
             self.model = SentencePieceProcessor(model_proto=path.read_bytes())
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{path} is neither a sentencepiece model (Llama 2), nor lines of base64 tokens and ranks (Llama 3), "
-                f"nor GGUF: {error}"
+                f"nor tokenizer.json, nor GGUF: {error}"
             ) from error
         self.n_words: int = self.model.vocab_size()
         self.bos_id: int | None = self.model.bos_id()
@@ -187,6 +199,7 @@ class _SentencePieces:
         self.stop_tokens = {self.eos_id}
         self.special_tokens: dict[str, int] = {}
         self.add_bos, self.chat_template = True, None
+        self.vocabulary = None
 
     def encode(
         self, text: str, allowed: Literal["all"] | Collection[str], disallowed: Literal["all"] | Collection[str]

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,10 +13,35 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SMOLLM_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 
+# The tokens that follow the ranks of Llama 3's `tokenizer.model`, in this order.
+LLAMA3_SPECIAL = [
+    f"<|{name}|>"
+    for name in (
+        "begin_of_text",
+        "end_of_text",
+        *(f"reserved_special_token_{i}" for i in range(4)),
+        "start_header_id",
+        "end_header_id",
+        "reserved_special_token_4",
+        "eot_id",
+        *(f"reserved_special_token_{i}" for i in range(5, 251)),
+    )
+]
+
 # GGUF's `tokenizer.ggml.pre` -> the pattern that splits a text into the pieces that byte pairs are merged within.
-GGUF_PATTERNS = {"llama-bpe": LLAMA3_PATTERN, "smollm": SMOLLM_PATTERN}
+GGUF_PATTERNS = {
+    "llama-bpe": LLAMA3_PATTERN,
+    "llama3": LLAMA3_PATTERN,
+    "llama-v3": LLAMA3_PATTERN,
+    "smollm": SMOLLM_PATTERN,
+    "gpt-2": GPT2_PATTERN,
+}
+
+# Tokens that end a text, or a turn of a chat, whether a file says so or not.
+ENDS = ("<|end_of_text|>", "<|eot_id|>", "<|im_end|>")
 
 # GGUF's `tokenizer.ggml.token_type`
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -54,10 +80,7 @@ def read_tiktoken(path: Path) -> Vocabulary:
     if missing:
         raise CheckpointError(f"{path} has no token for the byte(s) {missing[:8]}: the file is damaged or cut")
 
-    names = ["begin_of_text", "end_of_text", *(f"reserved_special_token_{i}" for i in range(4))]
-    names += ["start_header_id", "end_header_id", "reserved_special_token_4", "eot_id"]
-    names += [f"reserved_special_token_{i}" for i in range(5, 251)]
-    special = {f"<|{name}|>": len(ranks) + i for i, name in enumerate(names)}
+    special = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)}
     return Vocabulary(
         ranks,
         special,
@@ -66,6 +89,33 @@ def read_tiktoken(path: Path) -> Vocabulary:
         eos_id=special["<|end_of_text|>"],
         stop_tokens={special["<|end_of_text|>"], special["<|eot_id|>"]},
     )
+
+
+def write_tiktoken(path: Path, vocabulary: Vocabulary) -> None:
+    """Llama 3's `tokenizer.model`, of a vocabulary that `is_llama3`."""
+    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in vocabulary.ranks.items())
+    path.write_bytes(b"".join(lines))
+
+
+def is_llama3(vocabulary: Vocabulary) -> bool:
+    """Whether a `tokenizer.model` of Llama 3's kind can hold this vocabulary.
+
+    Of the special tokens, only those count that Llama 3's prompts are made of: other files have names for some that
+    are reserved there, such as `<|eom_id|>` and `<|python_tag|>`.
+    """
+    n, special = len(vocabulary.ranks), vocabulary.special_tokens
+    used = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    return (
+        vocabulary.pattern == LLAMA3_PATTERN
+        and sorted(vocabulary.ranks.values()) == list(range(n))
+        and sorted(special.values()) == list(range(n, n + len(LLAMA3_SPECIAL)))
+        and all(special.get(name) == n + LLAMA3_SPECIAL.index(name) for name in used)
+    )
+
+
+def is_tiktoken(head: bytes) -> bool:
+    """Whether a file that begins like this holds lines of base64 tokens and ranks."""
+    return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", head) is not None
 
 
 def read_gguf(file: GGUFFile) -> Vocabulary:
@@ -93,7 +143,7 @@ def read_gguf(file: GGUFFile) -> Vocabulary:
 
     eos_id = file.get("tokenizer.ggml.eos_token_id", int)
     ends = {eos_id, *(file.get(f"tokenizer.ggml.{end}_token_id", int, eos_id) for end in ("eot", "eom"))}
-    ends |= {special[name] for name in ("<|eot_id|>", "<|im_end|>") if name in special}  # a chat's end of turn
+    ends |= {special[name] for name in ENDS if name in special}
     bos_id = file.get("tokenizer.ggml.bos_token_id", int, None)
     if not all(0 <= i < len(tokens) for i in (*ends, bos_id or 0)):
         raise CheckpointError(f"{path}: bos {bos_id} or eos {eos_id} is not one of the {len(tokens)} tokens")
@@ -104,12 +154,12 @@ def read_gguf(file: GGUFFile) -> Vocabulary:
         bos_id=bos_id,
         eos_id=eos_id,
         stop_tokens=ends,
-        add_bos=file.get("tokenizer.ggml.add_bos_token", bool, pre == "llama-bpe"),
+        add_bos=file.get("tokenizer.ggml.add_bos_token", bool, GGUF_PATTERNS[pre] == LLAMA3_PATTERN),
         chat_template=file.get("tokenizer.chat_template", str, None),
     )
 
 
-def byte_level_ranks(tokens: dict[str, int], merges: list[str], path: Path) -> dict[bytes, int]:
+def byte_level_ranks(tokens: dict[str, int], merges: list[str], path: Path, unmerged: bool = True) -> dict[bytes, int]:
     """A byte-level vocabulary (GPT-2's kind: bytes written as printable characters) as ranks of byte strings.
 
     Ids can stand for merging priorities only if no merge makes a token with a smaller id than the merge before it.
@@ -119,21 +169,28 @@ def byte_level_ranks(tokens: dict[str, int], merges: list[str], path: Path) -> d
         tokens: each ordinary token, in GPT-2's characters, and its id.
         merges: "left right" pairs, first merged first.
         path: the file, for messages.
+        unmerged: whether a piece of text that is a token is that token, even if no merges make it.
     """
     last = -1
+    mergeable = set()
     for merge in merges:
         made = tokens.get(merge.replace(" ", "", 1))
         if made is None or made < last:
             raise CheckpointError(f"{path}: the merge {merge!r} is out of order; this vocabulary can't be used by rank")
         last = made
-    byte_of = {character: byte for byte, character in enumerate(_gpt2_characters())}
+        mergeable.add(made)
+    if not unmerged:
+        odd = [token for token, i in tokens.items() if len(token) > 1 and i not in mergeable]
+        if odd:
+            raise CheckpointError(f"{path}: no merge makes the tokens {odd[:8]}; this vocabulary can't be used by rank")
+    byte_of = {character: byte for byte, character in enumerate(gpt2_characters())}
     try:
         return {bytes(byte_of[character] for character in token): i for token, i in tokens.items()}
     except KeyError as error:
         raise CheckpointError(f"{path}: the character {error} in a token stands for no byte") from error
 
 
-def _gpt2_characters() -> list[str]:
+def gpt2_characters() -> list[str]:
     """The character that GPT-2's vocabularies write for each byte: itself if it is printable, else one from 256 up."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))

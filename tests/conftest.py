@@ -5,21 +5,38 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
 import pytest
 import tokenizers
 import torch
+import transformers
 from sentencepiece import SentencePieceTrainer
 
+import llama.parallel
 from llama import ModelArgs, Tokenizer, Transformer
-from llama.checkpoint import split_axis
+from llama.checkpoint import check_tensors, load_model, open_checkpoint, split_axis
+from llama.checkpoint import save as saving
 from llama.default_model import default_checkpoint, fetch
 from llama.gguf_file import GGUFFile
+from llama.vocabulary import LLAMA3_PATTERN, LLAMA3_SPECIAL, gpt2_characters
 
 ROOT = Path(__file__).parent.parent
+
+# Of the damaged files that test_hostile_files.py made of each layout: how many were refused, and how.
+DAMAGED: dict[str, Counter[str]] = defaultdict(Counter)
+
+
+def pytest_terminal_summary(terminalreporter):
+    for layout, outcomes in DAMAGED.items():
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
+        terminalreporter.write_line(f"damaged files, {layout}: {sum(outcomes.values())} tried: {counts}")
 
 
 def tiny_args(**changes) -> ModelArgs:
@@ -77,12 +94,47 @@ class ScriptedModel:
         return 20.0 * torch.nn.functional.one_hot((tokens + 1) % self.vocab_size, self.vocab_size).float()
 
 
-def write_llama3_tokenizer(path: Path) -> Path:
+MERGED = [b"th", b"he", b" t", b"in", b" the", b"er", b"an", b"ou", b"\n\n", b"ing", b"user", b"us"]
+
+
+def write_llama3_tokenizer(path: Path, more: tuple[bytes, ...] = ()) -> Path:
     """A tokenizer.model of Llama 3's kind: the 256 bytes and a few merges."""
-    merges = [b"th", b"he", b" t", b"in", b" the", b"er", b"an", b"ou", b"\n\n", b"ing", b"user", b"us"]
-    tokens = [bytes([byte]) for byte in range(256)] + merges
+    tokens = [bytes([byte]) for byte in range(256)] + MERGED + list(more)
     path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % rank for rank, t in enumerate(tokens)))
     return path
+
+
+def write_tokenizer_json(folder: Path, ends: tuple[str, ...] = ("end_of_text", "eom_id", "eot_id")) -> None:
+    """The same tokenizer as Hugging Face writes it, with the files that lie beside it in Llama 3's folders."""
+    characters = gpt2_characters()
+    names = ["".join(characters[byte] for byte in token) for token in [*(bytes([b]) for b in range(256)), *MERGED]]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    merges = [
+        (name[:cut], name[cut:])
+        for name in names
+        for cut in range(1, len(name))
+        if name[:cut] in vocabulary and name[cut:] in vocabulary
+    ]
+    engine = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, ignore_merges=True))
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3_PATTERN), "isolated")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
+    engine.decoder = tokenizers.decoders.ByteLevel()
+    special = [name if i != 8 else "<|eom_id|>" for i, name in enumerate(LLAMA3_SPECIAL)]
+    engine.add_special_tokens(special)
+    template = "<|begin_of_text|> $A"
+    engine.post_processor = tokenizers.processors.Sequence(
+        [
+            tokenizers.processors.ByteLevel(trim_offsets=True, use_regex=False),
+            tokenizers.processors.TemplateProcessing(template, None, [("<|begin_of_text|>", len(vocabulary))]),
+        ]
+    )
+    engine.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<|begin_of_text|>", "eos_token": {"__type": "AddedToken", "content": "<|eot_id|>"}}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ bos_token }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    ids = [engine.token_to_id(f"<|{end}|>") for end in ends]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids, "do_sample": False}))
 
 
 def write_llama2_tokenizer(path: Path) -> Path:
@@ -151,20 +203,93 @@ def hugging_face_smollm():
     return engine
 
 
-def write_meta_checkpoint(folder: Path, model: Transformer, tokenizer_path: Path, n_files: int = 1, **params) -> Path:
-    """A folder in Meta's layout, the weights cut over `n_files` files the way Meta cuts them."""
+def load(folder, dtype=torch.float32, **sizes) -> Transformer:
+    """The network of a checkpoint of any layout."""
+    checkpoint = open_checkpoint(folder)
+    sizes = {"max_seq_len": 96, "max_batch_size": 2} | sizes
+    args = checkpoint.settings.model_args(checkpoint.tokenizer().n_words, **sizes)
+    check_tensors(checkpoint, args)
+    return load_model(checkpoint, args, device=torch.device("cpu"), dtype=dtype)
+
+
+def same_weights(a: Transformer, b: Transformer) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def cut(path: Path, keep: float = 0.6) -> None:
+    """Leave only the first part of a file."""
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+
+
+def write_meta_checkpoint(
+    folder: Path, model: Transformer, tokenizer_path: Path, n_files: int = 1, columns: bool = False, **params
+) -> Path:
+    """A folder in Meta's layout, the weights cut over `n_files` files the way Meta cuts them.
+
+    With more files than kv heads, several hold the same head. `columns`: the embedding is cut as Llama 2's is.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n_files):
         part = {}
         for name, weight in model.state_dict().items():
-            axis = split_axis(name)
-            part[name] = (weight if axis is None else weight.chunk(n_files, dim=axis)[i]).clone()
+            pieces, axis = n_files, split_axis(name)
+            if name.endswith(("wk.weight", "wv.weight")):
+                pieces = min(n_files, model.params.kv_heads)
+            if name == "tok_embeddings.weight" and columns:
+                axis = 1
+            part[name] = (weight if axis is None else weight.chunk(pieces, dim=axis)[i * pieces // n_files]).clone()
         torch.save(part, folder / f"consolidated.{i:02d}.pth")
     reference_keys = list(asdict(ModelArgs()))[:9]
     kept = {key: value for key, value in asdict(model.params).items() if key in reference_keys}
     (folder / "params.json").write_text(json.dumps(kept | params))
     (folder / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
     return folder
+
+
+class Ranks:
+    """Model-parallel processes played by threads of this one, for numbers of them that this machine can't start."""
+
+    def __init__(self, monkeypatch, size: int):
+        self.size = size
+        self.local = threading.local()
+        self.barrier = threading.Barrier(size, timeout=60)
+        self.slots = [None] * size
+        group = SimpleNamespace(
+            model_parallel_is_initialized=lambda: True,
+            get_model_parallel_world_size=lambda: size,
+            get_model_parallel_rank=lambda: self.local.rank,
+        )
+        monkeypatch.setattr(llama.parallel, "groups", group)
+        monkeypatch.setattr(llama.parallel, "copy_to_model_parallel_region", lambda x: x)
+        monkeypatch.setattr(llama.parallel, "reduce_from_model_parallel_region", lambda x: sum(self.exchange(x)))
+        monkeypatch.setattr(
+            llama.parallel, "gather_from_model_parallel_region", lambda x: torch.cat(self.exchange(x), dim=-1)
+        )
+        monkeypatch.setattr(saving, "gather", self.exchange)
+        monkeypatch.setattr(saving, "first_rank", lambda: self.local.rank == 0)
+
+    def exchange(self, x):
+        self.slots[self.local.rank] = x
+        self.barrier.wait()
+        found = list(self.slots)
+        self.barrier.wait()
+        return found
+
+    def run(self, function) -> list:
+        """What `function()` returns on each rank."""
+
+        def on_rank(rank):
+            self.local.rank = rank
+            try:
+                with torch.no_grad():
+                    return function()
+            except BaseException:
+                self.barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(on_rank, range(self.size)))
 
 
 @pytest.fixture(scope="session")
@@ -192,3 +317,101 @@ def torchrun(n: int, *command: str | Path, timeout: float = 300) -> subprocess.C
     return run_python(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), *command, timeout=timeout
     )
+
+
+def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, **changes):
+    """A GGUF file of a tiny model with a byte-level vocabulary, written by the gguf package."""
+    args = model.params
+    writer = gguf.GGUFWriter(path, changes.pop("architecture", "llama"))
+    tokens = ["<|im_start|>", "<|im_end|>", *gpt2_characters(), "th", "he"]
+    tokens += [f"<|reserved_{i}|>" for i in range(args.vocab_size - len(tokens))]
+    metadata = {
+        "llama.block_count": args.n_layers,
+        "llama.context_length": 128,
+        "llama.embedding_length": args.dim,
+        "llama.feed_forward_length": args.ffn_size,
+        "llama.attention.head_count": args.n_heads,
+        "llama.attention.head_count_kv": args.kv_heads,
+        "llama.attention.layer_norm_rms_epsilon": args.norm_eps,
+        "llama.rope.freq_base": float(args.rope_theta),
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if token.startswith("<|") else 1 for token in tokens],
+        "tokenizer.ggml.merges": ["t h", "h e"],
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    add[bool] = writer.add_bool
+    for key, value in (metadata | changes).items():
+        if value is not ...:
+            add[type(value)](key, value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, args.n_layers)
+    for name, weight in model.named_parameters():
+        array = weight.detach().numpy()
+        kind = quantization if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(names.get_name(name, [".weight"]), gguf.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def hugging_face_twin(model: Transformer) -> transformers.LlamaForCausalLM:
+    """Hugging Face's network with the same weights."""
+    args = model.params
+    rope = {"rope_type": "default", "rope_theta": args.rope_theta}
+    if args.use_scaled_rope:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": args.rope_scaling_factor,
+            "low_freq_factor": args.rope_low_freq_factor,
+            "high_freq_factor": args.rope_high_freq_factor,
+            "original_max_position_embeddings": args.rope_original_max_seq_len,
+        }
+    config = transformers.LlamaConfig(
+        hidden_size=args.dim,
+        intermediate_size=args.ffn_size,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.kv_heads,
+        head_dim=args.head_size,
+        vocab_size=args.vocab_size,
+        rms_norm_eps=args.norm_eps,
+        max_position_embeddings=131072,
+        rope_parameters=rope,
+        tie_word_embeddings=args.tie_embeddings,
+        attn_implementation="eager",
+    )
+    twin = transformers.LlamaForCausalLM(config).eval()
+    ours = model.state_dict()
+
+    def half_split(weight: torch.Tensor) -> torch.Tensor:
+        return weight.unflatten(0, (-1, args.head_size // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+    theirs = {"model.embed_tokens.weight": ours["tok_embeddings.weight"], "model.norm.weight": ours["norm.weight"]}
+    theirs["lm_head.weight"] = ours["output.weight"]
+    for i in range(args.n_layers):
+        us, them = f"layers.{i}.", f"model.layers.{i}."
+        theirs[them + "self_attn.q_proj.weight"] = half_split(ours[us + "attention.wq.weight"])
+        theirs[them + "self_attn.k_proj.weight"] = half_split(ours[us + "attention.wk.weight"])
+        theirs[them + "self_attn.v_proj.weight"] = ours[us + "attention.wv.weight"]
+        theirs[them + "self_attn.o_proj.weight"] = ours[us + "attention.wo.weight"]
+        theirs[them + "mlp.gate_proj.weight"] = ours[us + "feed_forward.w1.weight"]
+        theirs[them + "mlp.down_proj.weight"] = ours[us + "feed_forward.w2.weight"]
+        theirs[them + "mlp.up_proj.weight"] = ours[us + "feed_forward.w3.weight"]
+        theirs[them + "input_layernorm.weight"] = ours[us + "attention_norm.weight"]
+        theirs[them + "post_attention_layernorm.weight"] = ours[us + "ffn_norm.weight"]
+    twin.load_state_dict(theirs)
+    return twin
+
+
+def hugging_face_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """What transformers makes of a folder."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        return model(tokens).logits

@@ -20,6 +20,11 @@ def everything(folder) -> dict:
         "greedy": llama.generate(prompts, 20, 0, logprobs=True, echo=True),
         "sampled": llama.generate(prompts[:1] * 4, 20, 0.8, 0.95, logprobs=True),
         "chat": llama.chat_completion([[{"role": "user", "content": "the user in there"}]], 0.6, 0.9, 12),
+        "beams": llama.generate(prompts[:2], 15, num_beams=2, num_return_sequences=2, logprobs=True),
+        "stream": [list(piece) for piece in llama.generate_stream(prompts, 12, 1.2, 1.0, seed=3, top_k=40)],
+        "text stream": [piece.text for piece in llama.text_completion_stream(["the user"], 1.2, 1.0, 30, seed=5)],
+        "stop": llama.text_completion(["the user"], 0, max_gen_len=20, stop=["e", "t"]),
+        "again": llama.generate([[*prompts[0], 5]], 5, 0, reuse_cache=True)[0],
         "weights": sum(weight.numel() for weight in llama.model.parameters()),
         "cache": llama.model.cache.keys.numel(),
     }

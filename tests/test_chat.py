@@ -160,3 +160,11 @@ def test_what_is_no_dialog(request, family, dialog, message):
     with pytest.raises(ValueError, match=message) as error:
         ChatFormat(request.getfixturevalue(family)).encode_dialog_prompt(dialog)
     assert isinstance(error.value, AssertionError)
+
+
+def test_a_format_needs_all_of_its_tokens(llama3):
+    """As of models made of Llama 3 with other prompts."""
+    tokenizer = copy.copy(llama3)
+    tokenizer.special_tokens = {n: i for n, i in llama3.special_tokens.items() if n != "<|begin_of_text|>"}
+    with pytest.raises(ValueError, match="no chat format is known for this tokenizer"):
+        ChatFormat(tokenizer)

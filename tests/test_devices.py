@@ -123,6 +123,24 @@ def test_the_decode_loop_mixes_no_devices(prompts):
             assert scores[0] == [0.0] + [-1.5] * 6
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 5, "reuse_cache": True},
+        {"num_return_sequences": 2},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"logits_processor": lambda tokens, logits: logits * 2},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_the_other_ways_to_decode_mix_no_devices(options):
+    with fake_cuda(), KnownValues():
+        llama = Llama(on_cuda(torch.bfloat16), ScriptedTokenizer())
+        for _ in range(2):
+            tokens, _ = llama.generate([[5, 6, 7], [8, 9]], 4, logprobs=True, **options)
+            assert tokens == [[7] * 4] * (2 * options.get("num_return_sequences", 1))
+
+
 @torch.no_grad()
 def test_fake_tensors_would_notice():
     with fake_cuda():

@@ -49,6 +49,16 @@ def test_a_model_of_ones_own(tiny_checkpoint, example):
 
 
 @pytest.mark.parametrize("example", [TEXT, CHAT])
+def test_streamed_it_is_the_same(tiny_checkpoint, example):
+    options = ["--ckpt_dir", tiny_checkpoint, "--temperature", "0", "--max_gen_len", "20", "--max_seq_len", "512"]
+    whole = run_python(example, *options)
+    streamed = run_python(example, *options, "--stream")
+    assert streamed.returncode == 0, streamed.stderr
+    assert streamed.stdout == whole.stdout
+    assert streamed.stdout.count("=====\n") == 4
+
+
+@pytest.mark.parametrize("example", [TEXT, CHAT])
 def test_help(example):
     result = run_python(example, "--help")
     assert result.returncode == 0

@@ -200,7 +200,7 @@ def test_scores_don_t_depend_on_the_block_size(llama, monkeypatch):
     prompts = prompts_of(50, 81)
     _, whole = llama.generate(prompts, 0, logprobs=True, echo=True)
     for positions in (1, 7, 80):
-        monkeypatch.setattr("llama.generation.LOGITS_AT_ONCE", positions * 320)
+        monkeypatch.setattr("llama.decoding.LOGITS_AT_ONCE", positions * 320)
         assert close(llama.generate(prompts, 0, logprobs=True, echo=True)[1], whole)
 
 

@@ -6,8 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-import transformers
-from conftest import strong, tiny_args, tiny_model
+from conftest import hugging_face_twin, strong, tiny_args, tiny_model
 
 from llama.model import (
     Attention,
@@ -27,55 +26,6 @@ SEQ = 80
 
 def random_tokens(model: Transformer, batch: int = 2, seq: int = SEQ, seed: int = 1) -> torch.Tensor:
     return torch.randint(model.vocab_size, (batch, seq), generator=torch.Generator().manual_seed(seed))
-
-
-def hugging_face_twin(model: Transformer) -> transformers.LlamaForCausalLM:
-    """Hugging Face's network with the same weights."""
-    args = model.params
-    rope = {"rope_type": "default", "rope_theta": args.rope_theta}
-    if args.use_scaled_rope:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": args.rope_scaling_factor,
-            "low_freq_factor": args.rope_low_freq_factor,
-            "high_freq_factor": args.rope_high_freq_factor,
-            "original_max_position_embeddings": args.rope_original_max_seq_len,
-        }
-    config = transformers.LlamaConfig(
-        hidden_size=args.dim,
-        intermediate_size=args.ffn_size,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.kv_heads,
-        head_dim=args.head_size,
-        vocab_size=args.vocab_size,
-        rms_norm_eps=args.norm_eps,
-        max_position_embeddings=131072,
-        rope_parameters=rope,
-        tie_word_embeddings=args.tie_embeddings,
-        attn_implementation="eager",
-    )
-    twin = transformers.LlamaForCausalLM(config).eval()
-    ours = model.state_dict()
-
-    def half_split(weight: torch.Tensor) -> torch.Tensor:
-        return weight.unflatten(0, (-1, args.head_size // 2, 2)).transpose(1, 2).flatten(0, 2)
-
-    theirs = {"model.embed_tokens.weight": ours["tok_embeddings.weight"], "model.norm.weight": ours["norm.weight"]}
-    theirs["lm_head.weight"] = ours["output.weight"]
-    for i in range(args.n_layers):
-        us, them = f"layers.{i}.", f"model.layers.{i}."
-        theirs[them + "self_attn.q_proj.weight"] = half_split(ours[us + "attention.wq.weight"])
-        theirs[them + "self_attn.k_proj.weight"] = half_split(ours[us + "attention.wk.weight"])
-        theirs[them + "self_attn.v_proj.weight"] = ours[us + "attention.wv.weight"]
-        theirs[them + "self_attn.o_proj.weight"] = ours[us + "attention.wo.weight"]
-        theirs[them + "mlp.gate_proj.weight"] = ours[us + "feed_forward.w1.weight"]
-        theirs[them + "mlp.down_proj.weight"] = ours[us + "feed_forward.w2.weight"]
-        theirs[them + "mlp.up_proj.weight"] = ours[us + "feed_forward.w3.weight"]
-        theirs[them + "input_layernorm.weight"] = ours[us + "attention_norm.weight"]
-        theirs[them + "post_attention_layernorm.weight"] = ours[us + "ffn_norm.weight"]
-    twin.load_state_dict(theirs)
-    return twin
 
 
 VARIANTS = {

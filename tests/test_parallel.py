@@ -34,7 +34,9 @@ def test_same_tokens_and_logprobs_as_one_process(tmp_path, n, n_files, n_kv_head
     assert run.stderr.count("GB of KV cache") == 1  # the log, too, once
     for rank in range(n):
         found = json.loads((tmp_path / f"found.{rank}").read_text())
-        for kind in ("greedy", "sampled"):
+        for kind in ("stream", "text stream", "stop", "again"):
+            assert found[kind] == alone[kind], kind
+        for kind in ("greedy", "sampled", "beams"):
             assert found[kind][0] == alone[kind][0]
             for ours, theirs in zip(found[kind][1], alone[kind][1], strict=True):
                 assert ours == pytest.approx(theirs, abs=1e-4)

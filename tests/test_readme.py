@@ -21,13 +21,18 @@ def test_its_programs_run_one_after_the_other(capsys):
     for program in blocks("python"):
         exec(compile(program, "README.md", "exec"), names)
         printed.append(capsys.readouterr().out)
-    assert len(printed) == 4
+    assert len(printed) == 8
     assert len(printed[0].splitlines()) >= 2
     text, *tokens = printed[1].splitlines()
     assert len(tokens) >= 5
     assert "".join(ast.literal_eval(token.rsplit(maxsplit=1)[0]) for token in tokens) == text
     blue, cheese = ast.literal_eval(printed[2])
     assert cheese < blue < 0
+    assert printed[3].rstrip().endswith("ended: stop")
+    assert printed[4].count("\n") == 6
+    assert "Paris" in printed[5]
+    assert "Madrid" in printed[5]
+    assert printed[7] == blocks("text")[1]
 
 
 def test_its_two_commands_are_the_ones_that_ci_runs():
@@ -57,14 +62,14 @@ def test_the_files_it_names_exist():
     named = re.findall(r"`((?:llama|tests)/[\w/]+\.py)`", README)
     assert len(named) > 10
     assert all((ROOT / file).is_file() for file in named)
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "llama").glob("*.py")} - {"llama/__init__.py"}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "llama").rglob("*.py") if path.stem != "__init__"}
     assert modules <= set(named)  # and every module is named
 
 
 def test_the_errors_it_explains_are_raised():
     """Each fragment of each quoted message stands in a string of the library."""
     strings = []
-    for path in (ROOT / "llama").glob("*.py"):
+    for path in (ROOT / "llama").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
                 strings.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))

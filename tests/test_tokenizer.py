@@ -12,7 +12,7 @@ from sentencepiece import SentencePieceProcessor
 
 from llama import Tokenizer
 from llama.tokenizer import split_long
-from llama.vocabulary import _gpt2_characters, byte_level_ranks, read_tiktoken
+from llama.vocabulary import byte_level_ranks, gpt2_characters, read_tiktoken
 
 HARD_TEXTS = [
     "",
@@ -249,7 +249,7 @@ BAD_FILES = {
     "git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2183982\n", "Git LFS pointer"),
     "web page": (b"<!DOCTYPE html><html><body>Sign in</body></html>", "web page"),
     "empty": (b"", "is empty"),
-    "json": (b'{"model": {}}', "is JSON"),
+    "json": (b'{"model": {}}', "lacks 'vocab'"),
     "noise": (bytes(range(255, 0, -1)) * 9, "neither a sentencepiece model"),
     "a bad line": (b"IQ== 0\nIg== one\n", "line 2: expected a base64 token and a rank"),
     "a missing rank": (b"IQ== 0\nIg== 2\n", "ranks are not 0 to 1"),
@@ -291,7 +291,7 @@ def test_a_cut_tokenizer(tmp_path):
 def test_llama3s_merges_as_gguf_files_list_them(real_llama3_path, tmp_path):
     """Every way to make each token from two others, token by token: 280,147 of them, as in published files."""
     vocabulary = read_tiktoken(real_llama3_path)
-    characters = _gpt2_characters()
+    characters = gpt2_characters()
     tokens = {"".join(characters[byte] for byte in token): i for token, i in vocabulary.ranks.items()}
     merges = []
     for token in tokens:

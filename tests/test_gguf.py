@@ -1,0 +1,220 @@
+"""GGUF files, of every kind of quantization, and everything that can be wrong with them."""
+
+import math
+import struct
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import cut, load, same_weights, tiny_model, write_gguf, write_llama2_tokenizer
+
+from llama import Llama
+from llama.checkpoint import open_checkpoint
+from llama.checkpoint.gguf import GGUFCheckpoint
+from llama.gguf_file import GGUFFile
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gguf(tmp_path, tied):
+    model = tiny_model(tie_embeddings=tied)
+    path = write_gguf(tmp_path / "model.gguf", model)
+    for ckpt_dir in (path, tmp_path):  # the file, or a folder that holds just it
+        found = load(ckpt_dir)
+        assert same_weights(found, model)
+        assert (found.output.weight is found.tok_embeddings.weight) == tied
+    assert found.params.norm_eps == pytest.approx(model.params.norm_eps)
+    assert (found.params.rope_theta, found.params.kv_heads) == (500000, 2)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.settings.params["max_position_embeddings"] == 128
+    tokenizer = checkpoint.tokenizer()
+    pieces = [tokenizer.decode([i]) for i in tokenizer.encode("the hat", bos=False, eos=False)]
+    assert pieces == ["th", "e", " ", "h", "a", "t"]
+    assert tokenizer.stop_tokens == {1}
+    llama = Llama.build(path, None, 64, 2, device="cpu")
+    assert set(llama.text_completion(["the"], 0, max_gen_len=3)[0]) == {"generation"}
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "F16", "BF16"])
+def test_quantized_gguf(tmp_path, kind):
+    model = tiny_model()
+    quantization = gguf.GGMLQuantizationType[kind]
+    found = load(write_gguf(tmp_path / "model.gguf", model, quantization)).state_dict()
+    for name, weight in model.state_dict().items():
+        want = weight.numpy()
+        if want.ndim == 2:
+            want = gguf.dequantize(gguf.quantize(want, quantization), quantization)
+        assert np.array_equal(found[name].numpy(), want), name
+
+
+GGUF_CHANGES = {
+    "another architecture": ({"architecture": "qwen2"}, "architecture 'qwen2'; only 'llama'"),
+    "experts": ({"llama.expert_count": 8}, r"experts: 8, but this network knows only \[0\]"),
+    "rope scaling": ({"llama.rope.scaling.type": "yarn"}, "rope scaling: 'yarn', but"),
+    "one of several parts": ({"split.count": 3}, r"parts it is split into: 3, but"),
+    "narrow values": ({"llama.attention.value_length": 16}, "features of a value head: 16, but"),
+    "rope on half of a head": ({"llama.rope.dimension_count": 16}, r"rotated features a head: 16, but .* only \[32\]"),
+    "a negative scale": ({"llama.rope.freq_base": -5.0}, r"rope_theta=-5\.0 must be a number above 0"),
+    "a missing key": ({"llama.embedding_length": ...}, "lacks 'llama.embedding_length'"),
+    "a wrong type": ({"llama.block_count": "two"}, "llama.block_count is 'two', which is no int"),
+    "sentencepiece": ({"tokenizer.ggml.model": "llama"}, r"kind 'llama'.*pass the model's own tokenizer\.model"),
+    "unknown pieces": (
+        {"tokenizer.ggml.pre": "tekken"},
+        r"pre is 'tekken', not one of \['gpt-2', 'llama-bpe'",
+    ),
+    "types of other tokens": ({"tokenizer.ggml.token_type": [1, 2]}, "320 tokens .* 2 token types"),
+    "an end that is no token": ({"tokenizer.ggml.eos_token_id": 999}, "eos 999 is not one of the 320 tokens"),
+    "more layers": ({"llama.block_count": 3}, r"missing: layers\.2\.attention\.wq\.weight"),
+    "fewer layers": ({"llama.block_count": 1}, r"unexpected: layers\.1\.attention\.wq\.weight"),
+    "a wider model": ({"llama.embedding_length": 256}, r"wrong shape: norm\.weight is \(128,\), should be \(256,\)"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), GGUF_CHANGES.values(), ids=GGUF_CHANGES)
+def test_gguf_files_that_can_t_be_run(tmp_path, changes, message):
+    path = write_gguf(tmp_path / "model.gguf", tiny_model(), **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        Llama.build(path, None, 32, 1)
+    assert isinstance(error.value, AssertionError)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.0001, 0.01, 0.1, 0.5, 0.999])
+def test_cut_gguf(tmp_path, keep):
+    path = write_gguf(tmp_path / "model.gguf", tiny_model())
+    cut(path, keep)
+    with pytest.raises(ValueError, match=r"model\.gguf") as error:
+        Llama.build(path, None, 32, 1)
+    assert isinstance(error.value, AssertionError)
+
+
+def test_a_vocabulary_that_doesn_t_agree_with_a_gguf(tmp_path, llama3_path):
+    path = write_gguf(tmp_path / "model.gguf", tiny_model())
+    with pytest.raises(ValueError, match="has vocab_size=320, but its tokenizer has 524 words"):
+        Llama.build(path, llama3_path, 32, 1)
+
+
+def write_divisors(monkeypatch, divisors):
+    """Let `write_gguf` add what the rotary frequencies are divided by."""
+    write = gguf.GGUFWriter.write_header_to_file
+
+    def with_divisors(writer):
+        writer.add_tensor("rope_freqs.weight", np.array(divisors, dtype=np.float32))
+        write(writer)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", with_divisors)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_divisors_of_llama3s_rule(tmp_path, monkeypatch, factor):
+    """As llama.cpp's converter works them out, in Llama 3.1's files and later ones."""
+    scaled = {"use_scaled_rope": True, "rope_scaling_factor": factor, "rope_theta": 500000.0}
+    model = tiny_model(**scaled)
+    divisors = []
+    for j in range(16):
+        wavelength = 2 * math.pi * 500000.0 ** (2 * j / 32)
+        smooth = (8192 / wavelength - 1) / (4 - 1)
+        blended = 1 / ((1 - smooth) / factor + smooth)
+        divisors.append(1.0 if wavelength < 8192 / 4 else factor if wavelength > 8192 else blended)
+    write_divisors(monkeypatch, divisors)
+    found = load(write_gguf(tmp_path / "model.gguf", model))
+    assert found.params.use_scaled_rope
+    assert found.params.rope_scaling_factor == factor
+    assert torch.allclose(found.freqs_cis, model.freqs_cis, atol=1e-6)
+    assert not torch.allclose(found.freqs_cis, tiny_model(rope_theta=500000.0).freqs_cis, atol=1e-3)
+    assert same_weights(found, model)
+
+
+def test_divisors_of_no_rule(tmp_path, monkeypatch):
+    model = tiny_model()
+    divisors = [1.0 + 0.5 * j for j in range(16)]
+    write_divisors(monkeypatch, divisors)
+    found = load(write_gguf(tmp_path / "model.gguf", model))
+    assert list(found.params.rope_divisors) == divisors
+    angles = torch.arange(96)[:, None] * model.params.rope_theta ** (-torch.arange(16) / 16) / torch.tensor(divisors)
+    assert torch.allclose(found.freqs_cis, torch.polar(torch.ones_like(angles), angles), atol=1e-4)
+
+
+def test_divisors_that_don_t_fit(tmp_path, monkeypatch):
+    write_divisors(monkeypatch, [1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="3 rope_divisors for 16 frequencies"):
+        Llama.build(write_gguf(tmp_path / "model.gguf", tiny_model()), None, 32, 1)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"llama.rope.scale_linear": 4.0},
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scaling.factor": 4.0},
+    ],
+)
+def test_stretched_positions(tmp_path, metadata):
+    model = tiny_model()
+    found = load(write_gguf(tmp_path / "model.gguf", model, **metadata))
+    assert torch.allclose(found.freqs_cis[::4], model.freqs_cis[:24], atol=1e-5)
+    unscaled = load(write_gguf(tmp_path / "plain.gguf", model, **metadata | {"llama.rope.scaling.type": "none"}))
+    assert torch.equal(unscaled.freqs_cis, model.freqs_cis)
+
+
+KINDS = [kind for kind in gguf.GGMLQuantizationType if kind in gguf.quants._type_traits]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=[kind.name for kind in KINDS])
+def test_every_kind_of_quantization_and_any_slice(tmp_path, kind):
+    """Blocks of random bytes stand for numbers, too."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    rows, columns = 12, 4 * block
+    data = np.random.default_rng(0).integers(0, 256, (rows, columns // block * block_bytes), dtype=np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "one.gguf", "llama")
+    writer.add_tensor("blk.0.ffn_down.weight", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with np.errstate(all="ignore"):
+        want = gguf.dequantize(data, kind)
+        checkpoint = GGUFCheckpoint.__new__(GGUFCheckpoint)  # without the settings of a whole model
+        checkpoint.path = tmp_path / "one.gguf"
+        checkpoint._tensors = GGUFFile(checkpoint.path).tensors
+        name = "blk.0.ffn_down.weight"
+        for axis, start, stop in [(None, 0, 0), (0, 3, 9), (1, 0, columns), (1, block, 3 * block), (1, 1, block + 1)]:
+            found = checkpoint.read(name, axis, start, stop).float().numpy()
+            part = want if axis is None else want[start:stop] if axis == 0 else want[:, start:stop]
+            assert np.array_equal(found, part, equal_nan=True), (axis, start, stop)
+        assert checkpoint.dtype() == {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind.name, torch.float32)
+
+
+@pytest.mark.parametrize("kind", [0, 4, 6, 8, 9, 10])
+def test_an_array_longer_than_the_file(tmp_path, kind):
+    """The package's own reader would run on past the end, for hours."""
+    key = b"tokenizer.ggml.scores"
+    array = struct.pack("<IIQ", 9, kind, 2**40)
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key + array
+    (tmp_path / "model.gguf").write_bytes(header + bytes(50))
+    with pytest.raises(ValueError, match=r"model\.gguf is damaged or cut short"):
+        Llama.build(tmp_path, None, 32, 1)
+
+
+def test_the_same_pieces_by_another_name(tmp_path):
+    for pre in ("llama-bpe", "llama3", "llama-v3"):
+        path = write_gguf(tmp_path / f"{pre}.gguf", tiny_model(), **{"tokenizer.ggml.pre": pre} | NO_BOS_SAID)
+        assert open_checkpoint(path).tokenizer().add_bos
+
+
+NO_BOS_SAID = {"tokenizer.ggml.add_bos_token": ...}
+
+
+def test_several_gguf_files(tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        write_gguf(tmp_path / name, tiny_model())
+    with pytest.raises(ValueError, match=r"holds 2 GGUF files; pass one of them: a\.gguf, b\.gguf"):
+        Llama.build(tmp_path, None, 32, 1)
+
+
+def test_llama2_tokenizer_given_for_a_gguf(tmp_path):
+    """A GGUF whose own tokenizer can't be read runs with the one it is given."""
+    path = write_gguf(tmp_path / "model.gguf", tiny_model(), **{"tokenizer.ggml.model": "llama"})
+    llama = Llama.build(path, write_llama2_tokenizer(tmp_path / "tokenizer.model"), 32, 1, device="cpu")
+    assert llama.tokenizer.bos_id == 1
+    assert len(llama.generate([[5, 6]], 3, 0)[0]) == 1

@@ -1,0 +1,204 @@
+"""Damaged and hostile files of every layout: only this library's exceptions come out, and nothing runs or is kept."""
+
+import json
+import shutil
+import struct
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    DAMAGED,
+    load,
+    tiny_model,
+    write_gguf,
+    write_llama2_tokenizer,
+    write_llama3_tokenizer,
+    write_meta_checkpoint,
+    write_tokenizer_json,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llama import Llama, Tokenizer
+from llama.checkpoint import save_checkpoint
+from llama.errors import InputError, MissingFileError
+from llama.files import new_folder
+
+SMALL = {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "multiple_of": 8}
+
+
+def llama_3(folder: Path) -> None:
+    tokenizer = Tokenizer(write_llama3_tokenizer(folder / "ranks"))
+    write_meta_checkpoint(folder, tiny_model(vocab_size=tokenizer.n_words, **SMALL), folder / "ranks", 2)
+    (folder / "ranks").unlink()
+
+
+def llama_2(folder: Path) -> None:
+    path = write_llama2_tokenizer(folder / "spm.model")
+    write_meta_checkpoint(folder, tiny_model(**SMALL), path, 1, vocab_size=-1)
+    for left in ("spm.model", "spm.txt", "spm.vocab"):
+        (folder / left).unlink()
+
+
+def hugging_face(folder: Path, shards: int = 1) -> None:
+    ranks = folder / "ranks"
+    tokenizer = Tokenizer(write_llama3_tokenizer(ranks))
+    model = tiny_model(vocab_size=tokenizer.n_words, tie_embeddings=True, use_scaled_rope=True, **SMALL)
+    ranks.unlink()
+    folder.rmdir()
+    save_checkpoint(folder, model, layout="hf", shards=shards)
+    write_tokenizer_json(folder)
+
+
+def gguf_file(folder: Path) -> None:
+    write_gguf(folder / "model.gguf", tiny_model(**SMALL))
+
+
+LAYOUTS = {
+    "Meta, Llama 3": llama_3,
+    "Meta, Llama 2": llama_2,
+    "Hugging Face": hugging_face,
+    "Hugging Face, with an index": lambda folder: hugging_face(folder, 3),
+    "GGUF": gguf_file,
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    LAYOUTS[request.param](folder)
+    assert load(folder)
+    return request.param, folder, {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@st.composite
+def damage(draw, content: bytes) -> bytes:
+    """Content with bytes flipped, overwritten with striking numbers or words, taken out, doubled, or cut off."""
+    spoiled = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, max(len(spoiled) - 1, 0)))
+        kind = draw(st.sampled_from(["flip", "number", "remove", "double", "cut", "word"]))
+        if kind == "flip" and spoiled:
+            spoiled[at] ^= draw(st.integers(1, 255))
+        elif kind == "number":
+            number = draw(st.sampled_from([0, 1, 2**31 - 1, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1]))
+            spoiled[at : at + 8] = struct.pack("<Q", number)
+        elif kind == "remove":
+            del spoiled[at : at + draw(st.integers(1, 64))]
+        elif kind == "double":
+            spoiled[at:at] = spoiled[at : at + draw(st.integers(1, 64))]
+        elif kind == "cut":
+            del spoiled[at:]
+        else:
+            word = draw(st.sampled_from([b"null", b"-1", b"[]", b"{}", b'"', b"1e999", b"NaN", b"true", b"9" * 30]))
+            spoiled[at : at + draw(st.integers(0, 8))] = word
+    return bytes(spoiled)
+
+
+def test_damaged_files_are_refused_with_our_own_exceptions(layout):
+    name, folder, files = layout
+    outcomes = DAMAGED[name]
+
+    @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def attack(data):
+        spoiled = data.draw(st.sampled_from(sorted(files)))
+        (folder / spoiled).write_bytes(data.draw(damage(files[spoiled])))
+        try:
+            outcomes[try_everything(folder)] += 1
+        finally:
+            (folder / spoiled).write_bytes(files[spoiled])
+
+    attack()
+    assert sum(outcomes.values()) >= 250
+    assert outcomes["CheckpointError"] > 50
+    assert outcomes["loaded"] > 0  # where only a weight or a word changed
+
+
+def try_everything(folder: Path) -> str:
+    try:
+        built = Llama.build(folder, None, 16, 1, device="cpu", dtype=torch.float32)
+    except (InputError, MissingFileError) as error:
+        if str(folder) not in str(error) and "is over this model's limit" not in str(error):
+            raise ValueError("the message doesn't name the file") from error
+        return type(error).__name__
+    try:
+        built.generate([[5, 6]], 3, 0)
+        built.text_completion(["the user"], max_gen_len=2)
+    except ArithmeticError:  # a weight that is no number any more
+        return "NaN or infinity"
+    return "loaded"
+
+
+@pytest.mark.parametrize("size", [2**20, 2**40, 2**62])
+def test_a_header_longer_than_the_file(tmp_path, size):
+    (tmp_path / "model").mkdir()
+    hugging_face(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", size) + path.read_bytes()[8:])
+    with pytest.raises(ValueError, match=r"model\.safetensors \(\d+ bytes\) is damaged or cut short"):
+        load(tmp_path / "model")
+
+
+def test_a_tensor_longer_than_its_file(tmp_path):
+    (tmp_path / "model").mkdir()
+    hugging_face(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    header["model.norm.weight"] |= {"shape": [2**40], "data_offsets": [0, 2**42]}
+    changed = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(changed)) + changed + content[8 + length :])
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        load(tmp_path / "model")
+
+
+def test_a_compressed_checkpoint_that_would_unfold_in_memory(tmp_path):
+    llama_3(tmp_path)
+    path = tmp_path / "consolidated.00.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + b"N0" * 50_000_000 + b".")
+        archive.writestr("archive/version", b"3\n")
+    assert path.stat().st_size < 10**6
+    with pytest.raises(ValueError, match=r"00\.pth .* is damaged.*claims 100000003 bytes"):
+        load(tmp_path)
+
+
+def test_nothing_of_a_damaged_file_is_kept(tmp_path):
+    """A build that fails leaves the process able to build the whole one, and no group, cache or file behind."""
+    llama_3(tmp_path)
+    path = tmp_path / "consolidated.01.pth"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    before = sorted(tmp_path.iterdir())
+    for _ in range(3):
+        with pytest.raises(ValueError, match=r"consolidated\.01\.pth"):
+            Llama.build(tmp_path, None, 16, 1, device="cpu")
+    assert sorted(tmp_path.iterdir()) == before
+    assert not torch.distributed.is_initialized()
+    path.write_bytes(whole)
+    assert Llama.build(tmp_path, None, 16, 1, device="cpu").generate([[5]], 2)
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "a" / "b"
+
+    def interrupted():
+        with new_folder(target) as scratch:
+            (scratch / "half").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list((tmp_path / "a").iterdir()) == []
+    target.mkdir()  # an empty folder may be there
+    with new_folder(target) as scratch:
+        (scratch / "all").touch()
+        assert not (target / "all").exists()
+    assert (target / "all").exists()
+    with pytest.raises(ValueError, match="is there already"), new_folder(target):
+        pass
+    shutil.rmtree(target)

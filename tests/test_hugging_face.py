@@ -1,0 +1,380 @@
+"""Hugging Face's layout: models that transformers wrote, and everything that can be wrong with a folder."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from conftest import (
+    cut,
+    hugging_face_logits,
+    load,
+    write_llama2_tokenizer,
+    write_llama3_tokenizer,
+    write_tokenizer_json,
+)
+from safetensors.torch import load_file, save_file
+
+from llama import Llama
+from llama.checkpoint import open_checkpoint, read_settings
+
+VOCAB = 524
+
+
+def llama3_rope(factor, **changes):
+    numbers = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": factor, "low_freq_factor": 1.0}
+    return numbers | {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192} | changes
+
+
+MODELS = {
+    "grouped heads": dict(num_key_value_heads=2),
+    "tied": dict(tie_word_embeddings=True),
+    "rope factor 8": dict(rope_parameters=llama3_rope(8.0)),
+    "rope factor 32, tied": dict(rope_parameters=llama3_rope(32.0), tie_word_embeddings=True, num_key_value_heads=2),
+    # bands that the 80 positions of the test reach
+    "short original context": dict(rope_parameters=llama3_rope(8.0, original_max_position_embeddings=64)),
+    "stretched positions": dict(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
+    "odd widths": dict(
+        intermediate_size=151, hidden_size=120, head_dim=34, num_attention_heads=3, num_key_value_heads=1
+    ),
+    "another base": dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6}, rms_norm_eps=1e-4),
+}
+
+
+def random_hugging_face_model(seed=0, **changes) -> transformers.LlamaForCausalLM:
+    sizes = dict(hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB)
+    sizes |= dict(num_key_value_heads=4, max_position_embeddings=131072, attn_implementation="eager") | changes
+    torch.manual_seed(seed)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.data.uniform_(0.5, 1.5)
+        else:
+            weight.data.normal_(0, 0.2)
+    return model
+
+
+def write_hugging_face(folder, tokenizer=write_llama3_tokenizer, max_shard_size="5GB", **changes):
+    random_hugging_face_model(**changes).save_pretrained(folder, max_shard_size=max_shard_size)
+    if tokenizer is not None:
+        tokenizer(folder / "tokenizer.model")
+    return folder
+
+
+TOKENS = torch.randint(VOCAB, (2, 80), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_same_logits_as_transformers(tmp_path, changes):
+    write_hugging_face(tmp_path, **changes)
+    model = load(tmp_path)
+    with torch.no_grad():
+        want = hugging_face_logits(tmp_path, TOKENS)
+        assert torch.allclose(model(TOKENS), want, atol=1e-4)
+        assert torch.allclose(model(TOKENS, 0), want, atol=1e-4)
+        assert want.std() > 0.5
+    assert (model.output.weight is model.tok_embeddings.weight) == changes.get("tie_word_embeddings", False)
+
+
+@pytest.mark.parametrize("name", ["rope factor 8", "stretched positions", "another base"])
+def test_what_config_json_says_of_positions_matters(tmp_path, name):
+    write_hugging_face(tmp_path, **MODELS[name])
+    want = hugging_face_logits(tmp_path, TOKENS)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with torch.no_grad():
+        assert (load(tmp_path)(TOKENS) - want).abs().max() > 1e-2
+
+
+def test_the_old_fields_of_rope(tmp_path):
+    """As in the published folders of Llama 3.1 and 3.2."""
+    write_hugging_face(tmp_path, **MODELS["short original context"])
+    want = load(tmp_path).freqs_cis
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(load(tmp_path).freqs_cis, want)
+    rope["type"] = rope.pop("rope_type")  # older still
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(load(tmp_path).freqs_cis, want)
+    config |= {"rope_theta": None, "rope_scaling": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load(tmp_path).params.rope_theta == 10000.0
+
+
+def test_what_a_config_leaves_out_means_what_transformers_means(tmp_path):
+    write_hugging_face(tmp_path, rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    left_out = ("rms_norm_eps", "rope_parameters", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias")
+    change_config(tmp_path, **dict.fromkeys(left_out, ...))
+    params = load(tmp_path).params
+    assert (params.norm_eps, params.rope_theta, params.kv_heads, params.head_size) == (1e-6, 10000.0, 4, 32)
+    with torch.no_grad():
+        assert torch.allclose(load(tmp_path)(TOKENS), hugging_face_logits(tmp_path, TOKENS), atol=1e-4)
+
+
+def test_several_files_and_their_index(tmp_path):
+    write_hugging_face(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    with torch.no_grad():
+        assert torch.allclose(load(tmp_path)(TOKENS), hugging_face_logits(tmp_path, TOKENS), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_of_the_right_dtype_are_not_copied(tmp_path, dtype):
+    random_hugging_face_model().to(dtype).save_pretrained(tmp_path)
+    write_llama3_tokenizer(tmp_path / "tokenizer.model")
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.dtype() == dtype
+    assert load(tmp_path, dtype).norm.weight.dtype == dtype
+    name = "layers.0.feed_forward.w1.weight"
+    whole, part = checkpoint.read(name, 0, 0, 192), checkpoint.read(name, 0, 10, 20)
+    assert part.data_ptr() == whole.data_ptr() + 10 * 128 * dtype.itemsize  # a view of the mapping
+    assert torch.equal(part, whole[10:20])
+
+
+def test_any_slice(tmp_path):
+    write_hugging_face(tmp_path, **MODELS["grouped heads"])
+    checkpoint = open_checkpoint(tmp_path)
+    for name, shape in checkpoint.shapes().items():
+        for axis in range(len(shape) if len(shape) == 2 else 0):
+            whole = checkpoint.read(name, axis, 0, shape[axis])
+            for start, stop in ((0, 10), (5, 70), (33, 35), (shape[axis] - 9, shape[axis])):
+                want = whole.narrow(axis, start, min(stop, shape[axis]) - start)
+                assert torch.equal(checkpoint.read(name, axis, start, min(stop, shape[axis])), want), (name, axis)
+
+
+def test_old_files_hold_a_rotary_table(tmp_path):
+    write_hugging_face(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert load(tmp_path)
+
+
+def change_config(folder, file="config.json", **changes):
+    config = json.loads((folder / file).read_text()) | changes
+    (folder / file).write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+def test_a_config_that_doesn_t_say_whether_it_is_tied(tmp_path):
+    write_hugging_face(tmp_path / "tied", tie_word_embeddings=True)
+    write_hugging_face(tmp_path / "untied")
+    for name in ("tied", "untied"):
+        change_config(tmp_path / name, tie_word_embeddings=...)
+        assert load(tmp_path / name).params.tie_embeddings == (name == "tied")
+    change_config(tmp_path / "tied", tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"missing: output\.weight"):
+        load(tmp_path / "tied")
+
+
+def test_padded_embedding(tmp_path):
+    """More rows than the tokenizer has words, which no text is made of."""
+    write_hugging_face(tmp_path, vocab_size=576)
+    llama = Llama.build(tmp_path, None, 64, 2, device="cpu")
+    assert llama.tokenizer.n_words == 576
+    assert llama.tokenizer.decode([104, 575, 105]) == "hi"
+    assert len(llama.generate([[5, 6]], 5)[0][0]) <= 5
+    with pytest.raises(ValueError, match="has vocab_size=576, but its tokenizer has 524 words"):
+        Llama.build(tmp_path, write_llama3_tokenizer(tmp_path / "other.model"), 64, 2)
+
+
+def test_a_folder_like_llama_3_2_1b_instruct(tmp_path):
+    """Tied, rope factor 32, tokenizer.json only, several end tokens: it answers a chat, the one transformers gives."""
+    write_hugging_face(tmp_path, None, **MODELS["rope factor 32, tied"])
+    write_tokenizer_json(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    llama = Llama.build(tmp_path, None, 96, 2, device="cpu", dtype=torch.float32)
+    assert llama.model.params.rope_scaling_factor == 32.0
+    special = llama.tokenizer.special_tokens
+    assert llama.tokenizer.stop_tokens == {special[f"<|{end}|>"] for end in ("end_of_text", "eom_id", "eot_id")}
+    dialog = [{"role": "system", "content": "the user"}, {"role": "user", "content": "in there <|eot_id|>?"}]
+    answer = llama.chat_completion([dialog], temperature=0, max_gen_len=20)[0]["generation"]
+    assert answer["role"] == "assistant"
+    assert answer["content"]
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    prompt = llama.formatter.encode_dialog_prompt(dialog)
+    theirs = [tokenizer.bos_token_id]
+    for role, text in (("system", "the user"), ("user", "in there <|eot_id|>?"), ("assistant", None)):
+        theirs += [special["<|start_header_id|>"], *tokenizer.encode(role, add_special_tokens=False)]
+        theirs += [special["<|end_header_id|>"], *tokenizer.encode("\n\n", add_special_tokens=False)]
+        if text is not None:
+            plain = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+            theirs += [*plain, special["<|eot_id|>"]]
+    assert prompt == theirs
+    network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    out = network.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)[0, len(prompt) :]
+    want = [token for token in out.tolist() if token not in llama.tokenizer.stop_tokens]
+    assert answer["content"] == llama.tokenizer.decode(want)
+
+
+def test_a_folder_like_llama_2_chat(tmp_path):
+    """A sentencepiece tokenizer.model, beside the same as JSON."""
+    write_hugging_face(tmp_path, write_llama2_tokenizer, vocab_size=320, rope_parameters={"rope_theta": 10000.0})
+    as_json = {"model": {"type": "BPE", "byte_fallback": True, "vocab": {"a": 0}, "merges": []}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(as_json))
+    llama = Llama.build(tmp_path, None, 64, 2, device="cpu")
+    assert llama.tokenizer.bos_id == 1
+    assert llama.chat_completion([[{"role": "user", "content": "the house"}]], max_gen_len=3)
+    (tmp_path / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer\.json holds a sentencepiece tokenizer.*tokenizer_path"):
+        Llama.build(tmp_path, None, 64, 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_hugging_face(tmp_path_factory.mktemp("hf"), max_shard_size="200KB")
+
+
+def edit_index(folder, edit):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    edit(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def edit_shard(folder, edit):
+    path = next(iter(sorted(folder.glob("model-*.safetensors"))))
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+def to_int8(tensors):
+    name = next(iter(tensors))
+    tensors[name] = tensors[name].to(torch.int8)
+
+
+SPOILED = {
+    "another model": (lambda f: change_config(f, model_type="mistral"), r"config\.json: model_type is 'mistral'; only"),
+    "no model type": (lambda f: change_config(f, model_type=...), r"config\.json: model_type is None; only"),
+    "attention biases": (lambda f: change_config(f, attention_bias=True), "attention_bias is True, and this network"),
+    "biases": (lambda f: change_config(f, mlp_bias=True), "mlp_bias is True, and"),
+    "a sliding window": (lambda f: change_config(f, sliding_window=4096), "sliding_window is 4096, and"),
+    "another activation": (lambda f: change_config(f, hidden_act="gelu"), r"hidden_act is 'gelu', and .*'silu'"),
+    "quantized": (lambda f: change_config(f, quantization_config={"bits": 4}), "quantization_config is "),
+    "a part of a head": (lambda f: change_config(f, partial_rotary_factor=0.5), r"partial_rotary_factor is 0\.5"),
+    "layers that slide": (lambda f: change_config(f, layer_types=["sliding_attention"]), "layer_types has"),
+    "another scaling": (
+        lambda f: change_config(f, rope_scaling={"rope_type": "yarn", "factor": 4.0}, rope_parameters=...),
+        "rope scaling of type 'yarn'; only 'default', 'linear' and 'llama3'",
+    ),
+    "scaling without a factor": (lambda f: change_config(f, rope_parameters={"rope_type": "llama3"}), "lacks 'factor'"),
+    "a negative base": (lambda f: change_config(f, rope_parameters={"rope_theta": -1.0}), r"rope_theta=-1\.0 must be"),
+    "a factor of nothing": (
+        lambda f: change_config(f, rope_parameters={"rope_type": "linear", "factor": 0.0}),
+        r"rope_divisors=\(0\.0,\) must be numbers above 0",
+    ),
+    "no width": (lambda f: change_config(f, hidden_size=...), r"config\.json lacks 'hidden_size'"),
+    "a word for a number": (lambda f: change_config(f, hidden_size="128"), "hidden_size is '128', which is no int"),
+    "a flag for a number": (lambda f: change_config(f, num_attention_heads=True), "num_attention_heads is True"),
+    "a huge number": (lambda f: change_config(f, rope_parameters={"rope_theta": 10**400}), "rope_theta is 1000"),
+    "a million layers": (lambda f: change_config(f, num_hidden_layers=10**12), "layers can't lie in"),
+    "no heads": (lambda f: change_config(f, num_attention_heads=0), "n_heads=0 must be at least 1"),
+    "another width": (lambda f: change_config(f, hidden_size=256), r"wrong shape: norm\.weight is \(128,\)"),
+    "a cut config": (lambda f: cut(f / "config.json"), r"config\.json is not JSON"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json.* does not exist"),
+    "a cut index": (lambda f: cut(f / "model.safetensors.index.json"), r"index\.json is not JSON"),
+    "an index of nothing": (
+        lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+        r"index\.json lacks 'weight_map'",
+    ),
+    "a file elsewhere": (
+        lambda f: edit_index(f, lambda m: m.update({"model.norm.weight": "../x.safetensors"})),
+        r"model\.norm\.weight lies in '\.\./x\.safetensors', which is no file of this folder",
+    ),
+    "our own names": (
+        lambda f: (
+            edit_shard(f, lambda t: t.update({"norm.weight": torch.ones(128)}))
+            or edit_index(f, lambda m: m.update({"norm.weight": "model-00001-of-00008.safetensors"}))
+        ),
+        r"unexpected: \[norm\.weight\] \(128,\)",
+    ),
+    "a file that is none": (
+        lambda f: edit_index(f, lambda m: m.update({"model.norm.weight": ".."})),
+        r"model\.norm\.weight lies in '\.\.', which is no file of this folder",
+    ),
+    "a number for a file": (
+        lambda f: edit_index(f, lambda m: m.update({"model.norm.weight": 3})),
+        r"model\.norm\.weight lies in 3, which is no file of this folder",
+    ),
+    "a tensor that isn't there": (
+        lambda f: edit_index(f, lambda m: m.update({"x.weight": next(iter(m.values()))})),
+        r"index\.json: x\.weight should be in .*model-00007",
+    ),
+    "a tensor too few": (
+        lambda f: edit_index(f, lambda m: m.pop("model.norm.weight")),
+        r"missing: norm\.weight \(128,\)",
+    ),
+    "a missing file": (
+        lambda f: (f / "model-00002-of-00008.safetensors").unlink(),
+        r"model-00002-of-00008\.safetensors' does not exist",
+    ),
+    "a cut file": (
+        lambda f: cut(f / "model-00002-of-00008.safetensors"),
+        r"model-00002-of-00008\.safetensors \(\d+ bytes\) is damaged or cut short",
+    ),
+    "an empty file": (
+        lambda f: (f / "model-00002-of-00008.safetensors").write_bytes(b""),
+        r"model-00002-of-00008\.safetensors is empty",
+    ),
+    "a web page": (
+        lambda f: (f / "model-00002-of-00008.safetensors").write_text("<!doctype html>"),
+        r"model-00002-of-00008\.safetensors is a web page",
+    ),
+    "a pointer": (
+        lambda f: (f / "model-00002-of-00008.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        r"model-00002-of-00008\.safetensors is a Git LFS pointer",
+    ),
+    "whole numbers": (lambda f: edit_shard(f, to_int8), r"model-00001.* is stored as I8, not as one of \['F64'"),
+    "ends that are no ids": (
+        lambda f: change_config(f, "generation_config.json", eos_token_id="</s>"),
+        r"generation_config\.json: eos_token_id is '</s>', which is no id",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILED.values(), ids=SPOILED)
+def test_folders_that_can_t_be_run(folder, tmp_path, spoil, message):
+    assert len(list(folder.glob("model-*-of-00008.safetensors"))) == 8
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    spoil(copy)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        Llama.build(copy, None, 32, 1)
+    assert isinstance(error.value, AssertionError)
+    assert str(copy) in str(error.value)
+
+
+def test_the_longest_context(folder):
+    assert read_settings(folder / "config.json").params["max_position_embeddings"] == 131072
+    with pytest.raises(ValueError, match="max_seq_len=131073 is over this model's limit of 131072"):
+        Llama.build(folder, None, 131073, 1)
+
+
+def test_metas_files_beside(folder, tmp_path, tiny_checkpoint):
+    """As Meta publishes them; and a checkpoint of a training, with a random state."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    shutil.copytree(tiny_checkpoint, copy / "original")
+    torch.save({"rng": torch.zeros(3)}, copy / "rng_state.pth")
+    assert load(copy).n_layers == 2
+    for path in copy.glob("model*"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"pass ckpt_dir='.*original'"):
+        load(copy)
+    assert load(copy / "original")
+
+
+def test_a_file_of_the_folder(folder):
+    for path in (folder / "config.json", next(folder.glob("model-*"))):
+        with pytest.raises(ValueError, match="is one of a checkpoint's files: pass its folder"):
+            Llama.build(path, None, 32, 1)

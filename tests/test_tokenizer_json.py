@@ -1,0 +1,323 @@
+"""Hugging Face's tokenizer.json: the same ids as Hugging Face's own library, read and written."""
+
+import json
+import random
+import shutil
+
+import pytest
+import tokenizers
+import transformers
+from conftest import write_tokenizer_json
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from llama import ChatFormat, Tokenizer
+from llama.default_model import default_checkpoint
+from llama.gguf_file import GGUFFile
+from llama.tokenizer_json import write_tokenizer_json as ours_written
+from llama.vocabulary import LLAMA3_PATTERN, SMOLLM_PATTERN, byte_level_ranks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("json")
+    write_tokenizer_json(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return Tokenizer(folder / "tokenizer.json")
+
+
+def random_texts(count):
+    generator = random.Random(0)
+    pools = [
+        "the user in there",
+        "abc XYZ",
+        "0123456789٣½",
+        " \n\t\r\u00a0\u2028",
+        ".,!?'\"<|>{}",
+        "éß中文🙂ि",
+        "\x04\x1d",
+    ]
+    for _ in range(count):
+        pool = "".join(generator.sample(pools, generator.randint(1, 4)))
+        yield "".join(generator.choice(pool) for _ in range(generator.randint(1, 24)))
+
+
+def test_what_the_files_say(tokenizer):
+    special = tokenizer.special_tokens
+    assert tokenizer.n_words == 524
+    assert tokenizer.bos_id == special["<|begin_of_text|>"] == 268
+    assert tokenizer.eos_id == special["<|eot_id|>"] == 277
+    assert tokenizer.stop_tokens == {269, 276, 277}
+    assert tokenizer.add_bos
+    assert tokenizer.chat_template == "{{ bos_token }}"
+    assert len(special) == 256
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=40) | st.text("the us\n 'ing1é🙂<|>", max_size=40))
+@example("<|end_of_text|>")
+@example("the<|eot_id|> us<|begin_of_text|>")
+def test_same_ids_as_tokenizers(folder, tokenizer, text):
+    """The package tokenizers takes a special token's name in a text for the token, which ours does only if allowed."""
+    engine = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = tokenizer.encode(text, bos=False, eos=False, allowed_special="all")
+    assert ids == engine.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids) == text == engine.decode(ids, skip_special_tokens=False)
+    plain = tokenizer.encode(text, bos=False, eos=False)
+    assert tokenizer.decode(plain) == text
+    assert not set(plain) & set(tokenizer.special_tokens.values())
+
+
+def test_same_ids_as_tokenizer_model(tokenizer, llama3):
+    for text in random_texts(300):
+        assert tokenizer.encode(text, bos=True, eos=False) == llama3.encode(text, bos=True, eos=False)
+
+
+def change(folder, target, edit, file="tokenizer.json"):
+    """A copy of the folder with something changed in one of its files."""
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    values = json.loads((target / file).read_text())
+    edit(values)
+    (target / file).write_text(json.dumps(values))
+    return target / "tokenizer.json"
+
+
+def test_alone(folder, tmp_path):
+    """Without the files beside it, what its tokens are called tells."""
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_tokens) == (268, 269, {269, 277})
+    assert tokenizer.add_bos
+
+
+def test_whether_a_text_begins_with_bos(folder, tmp_path):
+    path = change(folder, tmp_path / "a", lambda c: c.update(add_bos_token=False), "tokenizer_config.json")
+    assert not Tokenizer(path).add_bos
+    path = change(folder, tmp_path / "b", lambda t: t.update(post_processor=None))
+    tokenizer = Tokenizer(path)
+    assert not tokenizer.add_bos
+    assert tokenizer.bos_id == 268  # the configuration names it
+    path = change(tmp_path / "b", tmp_path / "c", lambda c: c.update(add_bos_token=True), "tokenizer_config.json")
+    assert Tokenizer(path).add_bos
+
+
+def test_one_end_or_several(folder, tmp_path):
+    for given_ids, ends in ((270, {270, 269, 277}), ([270, 3], {270, 3, 269, 277}), (None, {269, 277})):
+        path = change(folder, tmp_path, lambda c, ids=given_ids: c.update(eos_token_id=ids), "generation_config.json")
+        assert Tokenizer(path).stop_tokens == ends
+    (tmp_path / "config.json").write_text('{"eos_token_id": 271}')  # second to generation_config.json
+    assert Tokenizer(path).stop_tokens == {269, 271, 277}
+    change(folder, tmp_path, lambda c: None, "generation_config.json")
+    (tmp_path / "config.json").write_text('{"eos_token_id": 271}')
+    assert Tokenizer(path).stop_tokens == {269, 276, 277}
+
+
+def test_chat_templates_in_other_places(folder, tmp_path):
+    several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "chat"}]
+    path = change(folder, tmp_path, lambda c: c.update(chat_template=several), "tokenizer_config.json")
+    assert Tokenizer(path).chat_template == "chat"
+    change(folder, tmp_path, lambda c: c.pop("chat_template"), "tokenizer_config.json")
+    assert Tokenizer(path).chat_template is None
+    (tmp_path / "chat_template.jinja").write_text("in a file")
+    assert Tokenizer(path).chat_template == "in a file"
+
+
+def test_added_words_that_are_not_special(folder, tmp_path):
+    """Such as <think> of the models that DeepSeek made of Llama: they too are plain text unless allowed."""
+
+    def edit(values):
+        values["added_tokens"][13] |= {"content": "<think>", "special": False}
+
+    tokenizer = Tokenizer(change(folder, tmp_path, edit))
+    text = "the<think> user"
+    assert max(tokenizer.encode(text, bos=False, eos=False)) < 268
+    engine = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids = tokenizer.encode(text, bos=False, eos=False, allowed_special={"<think>"})
+    assert ids == engine.encode(text, add_special_tokens=False).ids
+    assert 268 + 13 in ids
+
+
+def test_a_gap_in_the_ids(folder, tmp_path):
+    def edit(values):
+        values["added_tokens"][-1]["id"] += 10
+
+    tokenizer = Tokenizer(change(folder, tmp_path, edit))
+    assert tokenizer.n_words == 534
+    assert tokenizer.decode([104, 525, 105]) == "hi"
+    (tmp_path / "again").mkdir()
+    ours_written(tmp_path / "again", tokenizer.vocabulary)
+    engine = tokenizers.Tokenizer.from_file(str(tmp_path / "again" / "tokenizer.json"))
+    assert special_ids_are_the_same(tokenizer, engine)
+
+
+PRE_TOKENIZERS = {
+    "gpt-2": tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.Digits(True), tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "a pattern with gaps": tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\p{L}+|\d"), "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("pre_tokenizer", PRE_TOKENIZERS.values(), ids=PRE_TOKENIZERS)
+def test_ways_to_split(folder, tmp_path, pre_tokenizer):
+    engine = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    engine.pre_tokenizer = pre_tokenizer
+    engine.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    for text in random_texts(1500):
+        assert tokenizer.encode(text, bos=False, eos=False) == engine.encode(text, add_special_tokens=False).ids, text
+
+
+def set_model(**changes):
+    return lambda values: values["model"].update(changes)
+
+
+def set_steps(*steps):
+    return lambda values: values.update(pre_tokenizer={"type": "Sequence", "pretokenizers": list(steps)})
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+SPLIT = {"type": "Split", "pattern": {"Regex": "a|b"}, "behavior": "Isolated", "invert": False}
+
+REFUSED = {
+    "sentencepiece": (set_model(byte_fallback=True), r"holds a sentencepiece tokenizer \(BPE\).*tokenizer\.model"),
+    "unigram": (set_model(type="Unigram"), r"holds a sentencepiece tokenizer \(Unigram\)"),
+    "word ends": (set_model(end_of_word_suffix="</w>"), "end_of_word_suffix is '</w>'"),
+    "a normalizer": (lambda v: v.update(normalizer={"type": "NFC"}), r"the normalizer \{'type': 'NFC'\}"),
+    "no vocabulary": (lambda v: v["model"].pop("vocab"), "lacks 'vocab'"),
+    "no model": (lambda v: v.pop("model"), "lacks 'model'"),
+    "no merges": (lambda v: v["model"].pop("merges"), "lacks 'merges'"),
+    "an id twice": (lambda v: v["model"]["vocab"].update({"!": 70}), "are not different numbers"),
+    "an id that is no number": (lambda v: v["model"]["vocab"].update({"!": "7"}), "are not different numbers"),
+    "a huge id": (lambda v: v["model"]["vocab"].update({"!": 2**40}), "are not different numbers"),
+    "an added token without a name": (lambda v: v["added_tokens"][0].pop("content"), "lacks 'content'"),
+    "merges out of order": (lambda v: v["model"]["merges"].reverse(), "is out of order"),
+    "a merge of three": (set_model(merges=[["t", "h", "e"]]), "the merge 't h e' is out of order"),
+    "characters of no byte": (lambda v: v["model"]["vocab"].update({"あ": 9999}), "stands for no byte"),
+    "no splitting": (lambda v: v.update(pre_tokenizer=None), "the pre_tokenizer None isn't known"),
+    "metaspace": (set_steps({"type": "Metaspace"}), "the pre_tokenizer .*Metaspace.* isn't known"),
+    "a space before": (set_steps(SPLIT, BYTE_LEVEL | {"add_prefix_space": True}), "the pre_tokenizer .* isn't known"),
+    "removed pieces": (set_steps(SPLIT | {"behavior": "Removed"}, BYTE_LEVEL), "the pre_tokenizer .* isn't known"),
+    "an inverted pattern": (set_steps(SPLIT | {"invert": True}, BYTE_LEVEL), "the pre_tokenizer .* isn't known"),
+    "a pattern that matches nothing": (
+        set_steps(SPLIT | {"pattern": {"Regex": r"\p{L}*"}}, BYTE_LEVEL),
+        "its split pattern .* matches nothing at all",
+    ),
+    "merges that are numbers": (set_model(merges=[5]), "its merges are not all pairs of tokens"),
+    "merges that are nothing": (set_model(merges=[None]), "its merges are not all pairs of tokens"),
+    "bytes that are unknown": (
+        lambda v: v["model"].update(unk_token="!", vocab={k: i for k, i in v["model"]["vocab"].items() if k != "#"}),
+        "unk_token '!' stands for some bytes",
+    ),
+    "a token that nothing makes": (
+        lambda v: v["model"].update(ignore_merges=False, vocab=v["model"]["vocab"] | {"xyz": 9000}),
+        r"no merge makes the tokens \['xyz'\]",
+    ),
+    "a bad pattern": (set_steps(SPLIT | {"pattern": {"Regex": "(("}}, BYTE_LEVEL), r"its split pattern '\(\("),
+    "digits in groups": (
+        set_steps({"type": "Digits", "individual_digits": False}, BYTE_LEVEL | {"use_regex": True}),
+        "the pre_tokenizer .* isn't known",
+    ),
+}
+
+
+@pytest.mark.parametrize(("edit", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_can_t_be_read_is_refused_by_name(folder, tmp_path, edit, message):
+    path = change(folder, tmp_path, edit)
+    with pytest.raises(ValueError, match=message) as error:
+        Tokenizer(path)
+    assert isinstance(error.value, AssertionError)
+    assert str(path) in str(error.value)
+
+
+def test_a_folder_that_names_no_end(folder, tmp_path):
+    path = change(folder, tmp_path, lambda t: t.update(added_tokens=t["added_tokens"][:1]))
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=r"no token that ends a text is named: generation_config\.json should have"):
+        Tokenizer(path)
+
+
+def test_ends_that_are_no_tokens(folder, tmp_path):
+    path = change(folder, tmp_path, lambda c: c.update(eos_token_id=[269, 9999]), "generation_config.json")
+    with pytest.raises(ValueError, match=r"the tokens that end a text are \[269, 277, 9999\]"):
+        Tokenizer(path)
+
+
+def same_tokenizer(a, b):
+    names = ["n_words", "bos_id", "eos_id", "stop_tokens", "special_tokens", "add_bos", "chat_template"]
+    return {name: getattr(a, name) for name in names} == {name: getattr(b, name) for name in names}
+
+
+def special_ids_are_the_same(tokenizer, engine):
+    return all(engine.token_to_id(name) == i for name, i in tokenizer.special_tokens.items())
+
+
+def test_written_and_read_again(llama3, tmp_path):
+    ours_written(tmp_path, llama3.vocabulary)
+    again = Tokenizer(tmp_path / "tokenizer.json")
+    assert same_tokenizer(again, llama3)
+    assert special_ids_are_the_same(llama3, tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in random_texts(300):
+        assert again.encode(text, bos=False, eos=False) == llama3.encode(text, bos=False, eos=False)
+        assert theirs.encode(text) == llama3.encode(text, bos=True, eos=False)
+        assert theirs.decode(theirs.encode(text, add_special_tokens=False)) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (268, 269)
+
+
+@pytest.mark.real
+def test_the_default_models_written_and_read_again(smollm, tmp_path):
+    ours_written(tmp_path, smollm.vocabulary)
+    assert smollm.vocabulary.pattern == SMOLLM_PATTERN
+    again = Tokenizer(tmp_path / "tokenizer.json")
+    assert same_tokenizer(again, smollm)
+    engine = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert special_ids_are_the_same(smollm, engine)
+    assert engine.encode("<|im_start|>user\nhi<|im_end|>").ids[0] == 1
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for dialog in (
+        [{"role": "user", "content": "Hello, world 12"}],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "the <b>"}],
+    ):
+        want = theirs.apply_chat_template(dialog, add_generation_prompt=True, return_dict=False)
+        assert ChatFormat(again).encode_dialog_prompt(dialog) == want
+    for text in random_texts(3000):
+        ids = smollm.encode(text, bos=False, eos=False)
+        assert again.encode(text, bos=False, eos=False) == ids
+        assert engine.encode(text).ids == ids, repr(text)
+
+
+@pytest.mark.real
+def test_llama3s_written_and_read_again(real_llama3, tmp_path):
+    ours_written(tmp_path, real_llama3.vocabulary)
+    assert real_llama3.vocabulary.pattern == LLAMA3_PATTERN
+    again = Tokenizer(tmp_path / "tokenizer.json")
+    assert same_tokenizer(again, real_llama3)
+    engine = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert special_ids_are_the_same(real_llama3, engine)
+    for text in random_texts(3000):
+        ids = real_llama3.encode(text, bos=True, eos=False)
+        assert again.encode(text, bos=True, eos=False) == ids
+        assert engine.encode(text).ids == ids, repr(text)
+
+
+@pytest.mark.real
+def test_every_token_of_the_default_model_is_made_by_merges(smollm):
+    """So that reading it by rank gives what merging gives."""
+    file = GGUFFile(default_checkpoint())
+    ordinary = {t: i for i, t in enumerate(file.get("tokenizer.ggml.tokens", list)) if t not in smollm.special_tokens}
+    merges = file.get("tokenizer.ggml.merges", list)
+    assert byte_level_ranks(ordinary, merges, file.path, unmerged=False) == smollm.vocabulary.ranks
+    with pytest.raises(ValueError, match="no merge makes the tokens"):
+        byte_level_ranks(ordinary, merges[:-1], file.path, unmerged=False)
