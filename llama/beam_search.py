@@ -110,7 +110,9 @@ def beam_search(
     searches = [Search(how, rule) for rule in rules]
     rows = [row for row in range(len(prompts)) for _ in range(size)]
     decoder.reorder(rows, max(map(len, prompts)))
-    logits = logits[torch.tensor(rows, device=logits.device)]  # (prompts * num_beams, vocab_size)
+    logits = logits.index_select(
+        0, torch.tensor(rows, dtype=torch.long, device=logits.device)
+    )  # (prompts * num_beams, vocab_size)
     start_pos = decoder.first_positions([prompts[row] for row in rows])
     end = max(map(len, prompts))
     # So many that, if each beam's likeliest words are those that end it, enough others are left.

@@ -122,7 +122,7 @@ class Decoder:
         """
         copies = [row for row in range(len(prompts)) for _ in range(how.num_return_sequences)]
         if how.num_return_sequences > 1:
-            logits = logits[torch.tensor(copies, device=logits.device)]
+            logits = logits.index_select(0, torch.tensor(copies, dtype=torch.long, device=logits.device))
             self.reorder(copies, max(map(len, prompts)))
         texts = [list(prompts[row]) for row in copies]
         answers = [Answer(i, rules[row]) for i, row in enumerate(copies)]
@@ -147,7 +147,7 @@ class Decoder:
             self.held = held
             start_pos = self.next_positions(start_pos)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _choose(
         self,
         texts: list[list[int]],
@@ -162,7 +162,7 @@ class Decoder:
         scores = token_logprobs(logits, ids.clamp(min=0)).tolist() if logprobs else [None] * len(texts)
         return ids, scores
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _read(
         self, prompts: list[list[int]], room: int, reuse: bool, score: bool
     ) -> tuple[torch.Tensor, list[list[float]]]:
@@ -178,6 +178,9 @@ class Decoder:
         # cache is overwritten, slot by slot, before it is looked at.
         padded = [prompt[start:] + [0] * (longest - len(prompt)) for prompt in prompts]
         tokens = torch.tensor(padded, dtype=torch.long, device=self._device)
+        width = longest - start
+        ends = [row * width + len(prompt) - 1 - start for row, prompt in enumerate(prompts)]
+        last = torch.tensor(ends, dtype=torch.long, device=self._device)  # of each row, in all of `tokens`
         head: Head = torch.Tensor.float
         if self._ours:
             if min(map(len, prompts)) < longest:  # then the shorter rows' slots there are masked, not written
@@ -186,21 +189,21 @@ class Decoder:
         else:
             hidden = self.model.forward(tokens, start)  # the logits themselves
         self.held = [list(prompt) for prompt in prompts]
-        rows = torch.arange(len(prompts), device=hidden.device)
-        last = torch.tensor([len(prompt) - 1 - start for prompt in prompts], device=hidden.device)
-        logits = head(hidden[rows, last])  # (batch, vocab_size)
+        logits = head(hidden.flatten(0, 1).index_select(0, last))  # (batch, vocab_size)
         scores = []
         if score:
             block = max(1, LOGITS_AT_ONCE // logits.shape[-1])
-            scores = [self._score(prompt, hidden[row], head, block) for row, prompt in enumerate(prompts)]
+            scores = [self._score(prompt, tokens[row], hidden[row], head, block) for row, prompt in enumerate(prompts)]
         return logits, scores
 
-    def _score(self, prompt: list[int], hidden: torch.Tensor, head: Head, block: int) -> list[float]:
-        """The logprob of each token of a prompt, given those before it, from the logits of `block` positions a time."""
-        ids = torch.tensor(prompt, dtype=torch.long, device=hidden.device)
+    def _score(self, prompt: list[int], ids: torch.Tensor, hidden: torch.Tensor, head: Head, block: int) -> list[float]:
+        """The logprob of each token of a prompt, given those before it, from the logits of `block` positions a time.
+
+        `ids` and `hidden`, (seq) and (seq, ...), may go on behind the prompt.
+        """
         scores = [0.0]  # nothing stands before the first
         for start in range(0, len(prompt) - 1, block):
-            targets = ids[1 + start : 1 + start + block]
+            targets = ids[1 + start : min(1 + start + block, len(prompt))]
             scores += token_logprobs(head(hidden[start : start + len(targets)]), targets).tolist()
         if any(map(math.isnan, scores)):
             raise ArithmeticError(explain_non_finite(self.model, prompt))
@@ -216,7 +219,7 @@ class Decoder:
             common = sum(1 for _ in itertools.takewhile(bool, same))
         return common
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, ids: torch.Tensor, start_pos: int | torch.Tensor) -> torch.Tensor:
         """Pass one token a row, (batch), through the network: the logits of the next, (batch, vocab_size) float32."""
         return self.model.forward(ids[:, None], start_pos)[:, -1].float()
@@ -236,12 +239,12 @@ class Decoder:
         the cache: its own last token is always read.)"""
         return torch.tensor(positions, device="cpu").clamp(max=self.model.params.max_seq_len - 1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def reorder(self, rows: list[int], end: int) -> None:
         """Let row i of the cache hold what row `rows[i]` holds, up to position `end`."""
         held = self.held
         if isinstance(self.model, Transformer):
-            self.model.setup_cache().reorder(torch.tensor(rows, device=self._device), end)
+            self.model.setup_cache().reorder(torch.tensor(rows, dtype=torch.long, device=self._device), end)
         self.held = [list(held[row]) for row in rows] if held else []
 
     def check_reorder(self) -> None:

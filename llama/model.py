@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama.errors import InputError
+from llama.linear import native_products
 from llama.model_args import ModelArgs, feed_forward_size
 from llama.parallel import (
     ColumnParallelLinear,
@@ -27,6 +28,7 @@ from llama.parallel import (
     VocabParallelEmbedding,
     local_kv_heads,
     model_parallel_size,
+    together,
 )
 
 
@@ -109,12 +111,14 @@ def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor
     Returns:
         xq and xk, turned; shapes and dtypes as they came.
     """
+    rotations = reshape_for_broadcast(freqs_cis, xq.unflatten(-1, (-1, 2))[..., 0])
+    return turn(xq, rotations), turn(xk, rotations)
 
-    def turn(x: torch.Tensor) -> torch.Tensor:
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (batch, seq, heads, head_dim / 2)
-        return torch.view_as_real(pairs * reshape_for_broadcast(freqs_cis, pairs)).flatten(-2).type_as(x)
 
-    return turn(xq), turn(xk)
+def turn(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
+    """`apply_rotary_emb` of one tensor, (batch, seq, heads, head_dim), by (1 or batch, seq, 1, head_dim / 2)."""
+    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))  # (batch, seq, heads, head_dim / 2)
+    return torch.view_as_real(pairs * rotations).view(x.shape).type_as(x)
 
 
 def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
@@ -128,48 +132,54 @@ def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
 class Span(NamedTuple):
     """Where the tokens of one call stand in their sequences: worked out once, used by every layer."""
 
-    freqs_cis: torch.Tensor  # their rotations: (seq, head_dim / 2), or (batch, seq, head_dim / 2)
-    slots: tuple[slice | torch.Tensor, ...]  # index into (batch, seq, ...) of a layer's cache
+    rotations: torch.Tensor  # of rotary embedding: (1 or batch, seq, 1, head_dim / 2)
+    slots: tuple[slice | torch.Tensor, ...]  # index into (batch, n_kv_heads, seq, ...) of a layer's cache
     end: int  # how far the row that reads furthest reads
     mask: torch.Tensor | None  # (1 or batch, 1, seq, end), True: may attend. None: to all up to itself
+
+
+class LayerCache(NamedTuple):
+    """A layer's keys and values, (max_batch_size, n_kv_heads, max_seq_len, head_dim) each."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def update(self, span: Span, xk: torch.Tensor, xv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new keys and values, (batch, n_kv_heads, seq, head_dim); return all so far, (..., end, head_dim)."""
+        self.keys[span.slots] = xk
+        self.values[span.slots] = xv
+        batch = xk.shape[0]
+        return self.keys[:batch, :, : span.end], self.values[:batch, :, : span.end]
 
 
 class KVCache:
     """The keys and values of every token read so far, so that each token passes through the network once.
 
-    Its memory is taken when it is made: 2 x n_layers x batch x max_seq_len x n_kv_heads x head_dim numbers.
+    Its memory is taken when it is made: 2 x n_layers x batch x n_kv_heads x max_seq_len x head_dim numbers.
     """
 
     def __init__(self, args: ModelArgs, *, device: torch.device, dtype: torch.dtype) -> None:
         kv_heads = local_kv_heads(args.kv_heads)
-        shape = (args.n_layers, args.max_batch_size, args.max_seq_len, kv_heads, args.head_size)
+        shape = (args.n_layers, args.max_batch_size, kv_heads, args.max_seq_len, args.head_size)
         with torch.inference_mode(False):  # tensors born in inference mode could not be written to outside of it
             # Zeros, since a masked slot has a weight of 0, and 0 times a NaN that happens to lie there would be NaN.
             self.keys = torch.zeros(shape, device=device, dtype=dtype)
             self.values = torch.zeros_like(self.keys)
+            self.layers = [LayerCache(*layer) for layer in zip(self.keys, self.values, strict=True)]
         # The ids of each row whose keys and values are there, as far as its user has said so since its last use.
         self.held: list[list[int]] = []
-
-    def update(
-        self, layer_id: int, span: Span, xk: torch.Tensor, xv: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store a layer's new keys and values, (batch, seq, n_kv_heads, head_dim); return all, (batch, end, ...)."""
-        batch = xk.shape[0]
-        self.keys[layer_id][span.slots] = xk
-        self.values[layer_id][span.slots] = xv
-        return self.keys[layer_id, :batch, : span.end], self.values[layer_id, :batch, : span.end]
 
     def reorder(self, rows: torch.Tensor, end: int) -> None:
         """Let row i hold what row `rows[i]` holds, up to position `end`."""
         self.held = []
-        for tensor in (self.keys, self.values):
-            for layer in tensor.unbind():  # one at a time, so that the copies stay small
-                layer[: len(rows), :end] = layer[:, :end].index_select(0, rows)
+        for layer in self.layers:  # one at a time, so that the copies stay small
+            for tensor in layer:
+                tensor[: len(rows), :, :end] = tensor[:, :, :end].index_select(0, rows)
 
     def clear(self, start: int, stop: int) -> None:
         """Forget what earlier calls left at these positions."""
-        self.keys[:, :, start:stop] = 0
-        self.values[:, :, start:stop] = 0
+        self.keys[..., start:stop, :] = 0
+        self.values[..., start:stop, :] = 0
 
 
 class Attention(nn.Module):
@@ -187,15 +197,16 @@ class Attention(nn.Module):
         self.wv = KVHeadParallelLinear(args.dim, args.kv_heads, self.head_dim)
         self.wo = RowParallelLinear(args.n_heads * self.head_dim, args.dim)
 
-    def forward(self, x: torch.Tensor, span: Span, cache: KVCache | None, layer_id: int) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, span: Span, cache: LayerCache | None) -> torch.Tensor:
         batch, seq, _ = x.shape  # (batch, seq, dim)
-        xq = self.wq(x).view(batch, seq, self.n_local_heads, self.head_dim)
-        xk = self.wk(x).view(batch, seq, self.n_local_kv_heads, self.head_dim)
-        xv = self.wv(x).view(batch, seq, self.n_local_kv_heads, self.head_dim)
-        xq, xk = apply_rotary_emb(xq, xk, span.freqs_cis)
+        xq, xk, xv = together(x, self.wq, self.wk, self.wv)
+        xq = xq.view(batch, seq, self.n_local_heads, self.head_dim)
+        xk = xk.view(batch, seq, self.n_local_kv_heads, self.head_dim)
+        xv = xv.view(batch, seq, self.n_local_kv_heads, self.head_dim)
+        xq, xk = turn(xq, span.rotations), turn(xk, span.rotations)
+        xq, xk, xv = xq.transpose(1, 2), xk.transpose(1, 2), xv.transpose(1, 2)  # (batch, heads, seq, head_dim)
         if cache is not None:
-            xk, xv = cache.update(layer_id, span, xk, xv)  # (batch, end, n_local_kv_heads, head_dim)
-        xq, xk, xv = xq.transpose(1, 2), xk.transpose(1, 2), xv.transpose(1, 2)  # (batch, heads, seq or end, head_dim)
+            xk, xv = cache.update(span, xk, xv)  # (batch, n_local_kv_heads, end, head_dim)
 
         if span.mask is None and seq > 1:
             out = F.scaled_dot_product_attention(xq, xk, xv, is_causal=True, enable_gqa=self.n_rep > 1)
@@ -225,7 +236,8 @@ class FeedForward(nn.Module):
         self.w3 = ColumnParallelLinear(dim, hidden_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, up = together(x, self.w1, self.w3)
+        return self.w2(F.silu(gate) * up)
 
 
 class TransformerBlock(nn.Module):
@@ -239,8 +251,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
 
-    def forward(self, x: torch.Tensor, span: Span, cache: KVCache | None) -> torch.Tensor:
-        h = x + self.attention(self.attention_norm(x), span, cache, self.layer_id)
+    def forward(self, x: torch.Tensor, span: Span, cache: LayerCache | None) -> torch.Tensor:
+        h = x + self.attention(self.attention_norm(x), span, cache)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
@@ -301,20 +313,22 @@ class Transformer(nn.Module):
 
     def hidden_states(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None = None) -> torch.Tensor:
         """`forward` up to the last norm: (batch, seq, dim). `logits` of some positions of it is the rest."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and start_pos is None):
+        gradients = torch.is_grad_enabled() and start_pos is None
+        with torch.set_grad_enabled(gradients), native_products(tokens.numel(), self.norm.weight):
             h = self.tok_embeddings(tokens)  # (batch, seq, dim)
             span = self._span(tokens, start_pos)
-            cache = None
+            caches: Sequence[LayerCache | None] = [None] * self.n_layers
             if start_pos is not None:
                 cache = self.setup_cache()
-                cache.held = []
-            for layer in self.layers:
-                h = layer(h, span, cache)
+                cache.held, caches = [], cache.layers
+            for layer, layer_cache in zip(self.layers, caches, strict=True):
+                h = layer(h, span, layer_cache)
             return self.norm(h)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., dim) -> (..., vocab_size) float32."""
-        return self.output(hidden_states).float()
+        with native_products(hidden_states.shape[:-1].numel(), self.norm.weight):
+            return self.output(hidden_states).float()
 
     def setup_cache(self) -> KVCache:
         """The cache, made now if there is none yet, or if the model has since changed its device or dtype."""
@@ -349,9 +363,11 @@ class Transformer(nn.Module):
         if isinstance(start, torch.Tensor):
             positions = start.to(device)[:, None] + torch.arange(seq, device=device)  # (batch, seq)
             visible = torch.arange(end, device=device) <= positions[:, None, :, None]  # (batch, 1, seq, end)
-            rows = torch.arange(batch, device=device)[:, None]
-            return Span(self.freqs_cis[positions], (rows, positions), end, visible)
+            rows = torch.arange(batch, device=device)[:, None, None]
+            heads = torch.arange(local_kv_heads(self.params.kv_heads), device=device)[:, None]
+            return Span(self.freqs_cis[positions].unsqueeze(2), (rows, heads, positions[:, None]), end, visible)
         mask: torch.Tensor | None = None
         if start > 0 and seq > 1:  # later chunk: query i stands at start + i
             mask = torch.ones(seq, end, dtype=torch.bool, device=device).tril(start)[None, None]  # (1, 1, seq, end)
-        return Span(self.freqs_cis[start:end], (slice(batch), slice(start, end)), end, mask)
+        slots = (slice(batch), slice(None), slice(start, end))
+        return Span(self.freqs_cis[start:end].unsqueeze(1)[None], slots, end, mask)

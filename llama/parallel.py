@@ -13,8 +13,10 @@ fairscale's own make the whole matrix on every process before they keep a part, 
 import atexit
 import contextlib
 import io
+import itertools
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from fairscale.nn.model_parallel.mappings import (
 from torch import nn
 
 from llama.errors import InputError
+from llama.linear import Linear, linear
 
 LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # what torchrun sets
 
@@ -166,7 +169,7 @@ def raise_together(failure: BaseException | None) -> None:
         raise failure
 
 
-class ColumnParallelLinear(nn.Linear):
+class ColumnParallelLinear(Linear):
     """`x @ weight.T`, with the output features split over the processes.
 
     Args:
@@ -176,7 +179,7 @@ class ColumnParallelLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, *, gather_output: bool = False) -> None:
         size = model_parallel_size()
-        super().__init__(in_features, out_features // size, bias=False)
+        super().__init__(in_features, out_features // size)
         self.size = size
         self.gather_output = gather_output
 
@@ -187,7 +190,7 @@ class ColumnParallelLinear(nn.Linear):
         return gather_from_model_parallel_region(y) if self.gather_output else y
 
 
-class KVHeadParallelLinear(nn.Linear):
+class KVHeadParallelLinear(Linear):
     """`x @ weight.T`, with the kv heads split over the processes; with more processes than heads, some hold the same.
 
     Args:
@@ -196,7 +199,7 @@ class KVHeadParallelLinear(nn.Linear):
     """
 
     def __init__(self, in_features: int, n_kv_heads: int, head_dim: int) -> None:
-        super().__init__(in_features, local_kv_heads(n_kv_heads) * head_dim, bias=False)
+        super().__init__(in_features, local_kv_heads(n_kv_heads) * head_dim)
         self.size = model_parallel_size()
         self.n_kv_heads = n_kv_heads
 
@@ -208,7 +211,35 @@ class KVHeadParallelLinear(nn.Linear):
             weight = _SumGradientOfHead.apply(
                 weight, model_parallel_rank() * self.n_kv_heads // self.size, self.n_kv_heads
             )
-        return F.linear(copy_to_model_parallel_region(x), weight)
+        return linear(copy_to_model_parallel_region(x), weight)
+
+
+def together(x: torch.Tensor, *layers: nn.Module) -> Sequence[torch.Tensor]:
+    """Each layer's output for x: all in one product, where their weights lie side by side in memory.
+
+    They do where `lay_side_by_side` put them. Fewer, larger products make decoding about a tenth faster on a CPU. With
+    gradients, and with layers that someone has changed or watches, each layer makes its own.
+    """
+    if torch.is_grad_enabled() or not all(map(_is_plain, layers)):
+        return [layer(x) for layer in layers]
+    weights: list[torch.Tensor] = [layer.weight for layer in layers]  # type: ignore[misc]
+    sizes, width = [len(weight) for weight in weights], weights[0].shape[1]
+    for weight, after in itertools.pairwise(weights):
+        same_memory = weight.untyped_storage()._cdata == after.untyped_storage()._cdata and weight.dtype == after.dtype
+        if not same_memory or weight.storage_offset() + weight.numel() != after.storage_offset():
+            return [layer(x) for layer in layers]
+    return linear(x, weights[0].as_strided((sum(sizes), width), (width, 1))).split(sizes, dim=-1)
+
+
+def lay_side_by_side(weights: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Copies of matrices that go on, one after another, in one piece of memory."""
+    return torch.cat(list(weights)).split([len(weight) for weight in weights])
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether what the layer does is the product with its weight, and nobody looks on."""
+    ours = type(layer) in (ColumnParallelLinear, KVHeadParallelLinear)
+    return ours and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
 class _SumGradientOfHead(torch.autograd.Function):
@@ -227,12 +258,12 @@ class _SumGradientOfHead(torch.autograd.Function):
         return heads[ctx.head], None, None
 
 
-class RowParallelLinear(nn.Linear):
+class RowParallelLinear(Linear):
     """`x @ weight.T`, with the input features split over the processes: each takes the features it has in `x`."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         size = model_parallel_size()
-        super().__init__(in_features // size, out_features, bias=False)
+        super().__init__(in_features // size, out_features)
         self.size = size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -119,6 +119,9 @@ class HuggingFaceCheckpoint(Checkpoint):
         heads = pairs_adjacent(tensor[first : -(-stop // head_size) * head_size], head_size)
         return heads[start - first : stop - first]
 
+    def is_mapped(self, name: str) -> bool:
+        return not name.endswith(ROTATED)
+
     def tokenizer(self) -> Tokenizer:
         as_json, path = self.path / "tokenizer.json", self.path / "tokenizer.model"
         # A sentencepiece model is also there as JSON, but only the JSON of the others is read.

@@ -103,6 +103,9 @@ class MetaCheckpoint(Checkpoint):
                 start = end
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=file_axis or 0)
 
+    def is_mapped(self, name: str) -> bool:
+        return True  # but for a slice of several files, which may be treated alike
+
     def tokenizer(self) -> Tokenizer:
         as_json = self.path / "tokenizer.json"  # beside the other where that can't say all there is to say
         path = as_json if as_json.exists() else self.path / "tokenizer.model"
