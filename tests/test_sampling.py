@@ -106,3 +106,37 @@ def test_token_logprobs():
         for s in range(3):
             probability = logits[b, s, ids[b, s]].exp() / logits[b, s].exp().sum()
             assert found[b, s].exp().item() == pytest.approx(probability.item())
+
+
+def plain_sample_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
+    """The definition, on the whole vocabulary."""
+    values, ids = torch.sort(probs, dim=-1, descending=True)
+    likelier = torch.cumsum(values, dim=-1) - values
+    values[likelier > p] = 0
+    values /= values.sum(dim=-1, keepdim=True)
+    return torch.gather(ids, -1, torch.multinomial(values, 1))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("spread", [0.5, 3.0, 8.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # whose numbers have many twins
+def test_same_draws_as_from_the_whole_vocabulary_sorted(p, spread, dtype):
+    torch.manual_seed(0)
+    logits = (spread * torch.randn(3, 20000)).to(dtype).float()
+    probs = torch.softmax(logits, dim=-1)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        want, after = plain_sample_top_p(probs, p), torch.get_rng_state()
+        torch.manual_seed(seed)
+        assert torch.equal(sample_top_p(probs, p), want)
+        assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_same_draws_where_all_likely_tokens_are_equally_likely():
+    probs = torch.zeros(1, 20000)
+    probs[0, 100:164] = 1 / 64
+    for seed in range(20):
+        torch.manual_seed(seed)
+        want = plain_sample_top_p(probs, 0.9)
+        torch.manual_seed(seed)
+        assert torch.equal(sample_top_p(probs, 0.9), want)
