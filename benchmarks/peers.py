@@ -64,16 +64,21 @@ class Peer:
 
 
 class Ours(Peer):
-    """This library, as `Llama.build` makes it."""
+    """This library: what `Llama.build` does, but for the tokenizer, which no other loads here either."""
 
     layout = "ours"
 
     def __init__(self, folder: Path, dtype: torch.dtype, rows: int, length: int) -> None:
         from llama import Llama
+        from llama.checkpoint import check_tensors, load_model, open_checkpoint
 
-        self.llama = Llama.build(folder, None, length, rows, device="cpu", dtype=dtype)
-        self.model = self.llama.model
-        self.vocab_size = self.model.vocab_size
+        checkpoint = open_checkpoint(folder)
+        args = checkpoint.settings.model_args(checkpoint.settings.params["vocab_size"], length, rows)
+        check_tensors(checkpoint, args)
+        self.model = load_model(checkpoint, args, device=torch.device("cpu"), dtype=dtype)
+        self.model.setup_cache()
+        self.llama = Llama(self.model, types.SimpleNamespace(stop_tokens=set()))
+        self.vocab_size = args.vocab_size
 
     def fill(self, batch: int, context: int) -> None:
         cache = self.model.setup_cache()
@@ -91,7 +96,6 @@ class Ours(Peer):
         return int(self.model.logits(hidden[:, -1]).argmax())
 
     def generate(self, prompts: list[list[int]], new: int, temperature: float, top_p: float) -> None:
-        self.llama.tokenizer.stop_tokens = set()
         self.llama.generate(prompts, new, temperature, top_p)
 
 
