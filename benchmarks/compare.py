@@ -27,13 +27,14 @@ DECODE = {
     for context in (128, 512, 2048)
 }
 READ = {f"read {length} tokens": {"do": "read", "lengths": [length]} for length in (512, 2048)}
+MEMORY = {f"memory to read {length} tokens": {"do": "memory", "lengths": [length]} for length in (512, 2048)}
 SAMPLE = {
     "prompt of 128, 32 sampled": {"do": "generate", "lengths": [128], "new": 32, "temperature": 0.6},
 }
 UNEQUAL = {
     "prompts of 8, 8, 8, 512; 16 new": {"do": "generate", "lengths": [8, 8, 8, 512], "new": 16, "temperature": 0.0},
 }
-CASES: dict[str, dict[str, Any]] = DECODE | READ | SAMPLE | UNEQUAL
+CASES: dict[str, dict[str, Any]] = DECODE | READ | MEMORY | SAMPLE | UNEQUAL
 # A network of Llama 3.2 1B's shape takes a while for each.
 LARGE = ("decode, batch 1, context 512", "decode, batch 8, context 512", "read 512 tokens", "prompt of 128, 32 sampled")
 LOADING = ("load", "load + 1 token", "memory")
@@ -131,7 +132,7 @@ def measure(model: str, dtype: str, names: list[str], rounds: int, threads: int,
 
 def shown(case: str, value: float) -> str:
     """A number of seconds or bytes as people say it."""
-    if case == "memory":
+    if case.startswith("memory"):
         return f"{value / 1e6:.0f} MB"
     if case.startswith("decode"):
         rows = int(case.split()[2].rstrip(","))
@@ -187,7 +188,7 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
 
     figure, all_axes = pyplot.subplots(1, len(results), figsize=(6 * len(results), 7), squeeze=False)
     for axes, result in zip(all_axes[0], results, strict=True):
-        cases = [case for case in result["found"] if case not in LOADING]
+        cases = [case for case in result["found"] if case not in LOADING and case not in MEMORY]
         names = [name for name in result["found"]["load"] if name != "ours"]
         for i, name in enumerate(names):
             for j, case in enumerate(cases):

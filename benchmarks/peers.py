@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 
-def peak_memory() -> int:
-    """Most bytes of memory that this process has held so far."""
+def memory(kind: str = "VmHWM") -> int:
+    """Most bytes of memory that this process has held so far; or holds now, "VmRSS"."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    return 1024 * int(next(line for line in lines if line.startswith(kind)).split()[1])
 
 
 def random_prompt(length: int, words: int, seed: int = 0) -> list[int]:
@@ -293,11 +293,11 @@ def import_library(name: str) -> None:
 def serve(name: str, folder: Path, dtype: torch.dtype, rows: int, length: int, answer: Callable[[Any], None]) -> None:
     """Load a model and do what standard input asks for."""
     import_library(name)
-    before, start = peak_memory(), time.perf_counter()
+    before, start = memory(), time.perf_counter()
     peer: Peer = PEERS[name](folder, dtype, rows, length)
     loaded = time.perf_counter() - start
     peer.read([1])  # weights that are mapped from a file come into memory with their first use
-    answer({"load": loaded, "load + 1 token": time.perf_counter() - start, "memory": peak_memory() - before})
+    answer({"load": loaded, "load + 1 token": time.perf_counter() - start, "memory": memory() - before})
     for line in sys.stdin:
         request = json.loads(line)
         do = request.pop("do")
@@ -313,6 +313,13 @@ def serve(name: str, folder: Path, dtype: torch.dtype, rows: int, length: int, a
             lengths = request["lengths"]
             prompts = [random_prompt(length, peer.vocab_size, seed) for seed, length in enumerate(lengths)]
             start = time.perf_counter()
+            if do == "memory":
+                ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system
+                Path("/proc/self/clear_refs").write_text("5")  # from here on, the most is counted anew
+                before = memory("VmRSS")
+                peer.read(prompts[0])
+                answer(memory() - before)
+                continue
             if do == "read":
                 peer.read(prompts[0])
             else:

@@ -17,7 +17,7 @@ from torch import nn
 
 MKL = torch.backends.mkl.is_available()
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-FEW_ROWS = 8  # up to so many, MKL's slices are faster in float32; with more, oneDNN
+FEW_ROWS = 4  # up to so many, MKL's slices are faster in float32; with more, oneDNN
 NATIVE_ROWS = 2  # up to so many, torch's own products are faster than oneDNN's in 16 bits
 NATIVE = torch.__version__ >= "2.7"  # before that, they were slower than oneDNN's
 
@@ -32,7 +32,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Returns:
         (..., out_features)
     """
-    if x.dtype != torch.float32 or x.device.type != "cpu":
+    if x.dtype != torch.float32 or not x.is_cpu:
         return F.linear(x, weight)
     rows = x.numel() // x.shape[-1]
     if MKL and 0 < rows <= FEW_ROWS:

@@ -12,7 +12,7 @@ Sources: Llama 2 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783).
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -133,23 +133,22 @@ class Span(NamedTuple):
     """Where the tokens of one call stand in their sequences: worked out once, used by every layer."""
 
     rotations: torch.Tensor  # of rotary embedding: (1 or batch, seq, 1, head_dim / 2)
-    slots: tuple[slice | torch.Tensor, ...]  # index into (batch, n_kv_heads, seq, ...) of a layer's cache
+    slots: tuple[Any, ...]  # the tokens' own, an index into (batch, n_kv_heads, end, head_dim) of a layer's cache
     end: int  # how far the row that reads furthest reads
     mask: torch.Tensor | None  # (1 or batch, 1, seq, end), True: may attend. None: to all up to itself
 
 
 class LayerCache(NamedTuple):
-    """A layer's keys and values, (max_batch_size, n_kv_heads, max_seq_len, head_dim) each."""
+    """What of a layer's cache a call uses: keys and values, (batch, n_kv_heads, end, head_dim) each."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
-    def update(self, span: Span, xk: torch.Tensor, xv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store new keys and values, (batch, n_kv_heads, seq, head_dim); return all so far, (..., end, head_dim)."""
+    def update(self, span: Span, xk: torch.Tensor, xv: torch.Tensor) -> "LayerCache":
+        """Store the keys and values of this call's tokens, (batch, n_kv_heads, seq, head_dim); return all so far."""
         self.keys[span.slots] = xk
         self.values[span.slots] = xv
-        batch = xk.shape[0]
-        return self.keys[:batch, :, : span.end], self.values[:batch, :, : span.end]
+        return self
 
 
 class KVCache:
@@ -165,16 +164,19 @@ class KVCache:
             # Zeros, since a masked slot has a weight of 0, and 0 times a NaN that happens to lie there would be NaN.
             self.keys = torch.zeros(shape, device=device, dtype=dtype)
             self.values = torch.zeros_like(self.keys)
-            self.layers = [LayerCache(*layer) for layer in zip(self.keys, self.values, strict=True)]
         # The ids of each row whose keys and values are there, as far as its user has said so since its last use.
         self.held: list[list[int]] = []
+
+    def layers(self, batch: int, end: int) -> list[LayerCache]:
+        """Of each layer, the first `batch` rows up to position `end`."""
+        keys, values = (tensor[:, :batch, :, :end].unbind(0) for tensor in (self.keys, self.values))
+        return [LayerCache(*layer) for layer in zip(keys, values, strict=True)]
 
     def reorder(self, rows: torch.Tensor, end: int) -> None:
         """Let row i hold what row `rows[i]` holds, up to position `end`."""
         self.held = []
-        for layer in self.layers:  # one at a time, so that the copies stay small
-            for tensor in layer:
-                tensor[: len(rows), :, :end] = tensor[:, :, :end].index_select(0, rows)
+        for tensor in (*self.keys, *self.values):  # a layer at a time, so that the copies stay small
+            tensor[: len(rows), :, :end] = tensor[:, :, :end].index_select(0, rows)
 
     def clear(self, start: int, stop: int) -> None:
         """Forget what earlier calls left at these positions."""
@@ -320,7 +322,7 @@ class Transformer(nn.Module):
             caches: Sequence[LayerCache | None] = [None] * self.n_layers
             if start_pos is not None:
                 cache = self.setup_cache()
-                cache.held, caches = [], cache.layers
+                cache.held, caches = [], cache.layers(len(tokens), span.end)
             for layer, layer_cache in zip(self.layers, caches, strict=True):
                 h = layer(h, span, layer_cache)
             return self.norm(h)
@@ -369,5 +371,5 @@ class Transformer(nn.Module):
         mask: torch.Tensor | None = None
         if start > 0 and seq > 1:  # later chunk: query i stands at start + i
             mask = torch.ones(seq, end, dtype=torch.bool, device=device).tril(start)[None, None]  # (1, 1, seq, end)
-        slots = (slice(batch), slice(None), slice(start, end))
+        slots = (..., slice(start, end), slice(None))
         return Span(self.freqs_cis[start:end].unsqueeze(1)[None], slots, end, mask)

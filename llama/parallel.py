@@ -225,8 +225,8 @@ def together(x: torch.Tensor, *layers: nn.Module) -> Sequence[torch.Tensor]:
     weights: list[torch.Tensor] = [layer.weight for layer in layers]  # type: ignore[misc]
     sizes, width = [len(weight) for weight in weights], weights[0].shape[1]
     for weight, after in itertools.pairwise(weights):
-        same_memory = weight.untyped_storage()._cdata == after.untyped_storage()._cdata and weight.dtype == after.dtype
-        if not same_memory or weight.storage_offset() + weight.numel() != after.storage_offset():
+        follows = weight.storage_offset() + weight.numel() == after.storage_offset() and weight.dtype == after.dtype
+        if not follows or weight.untyped_storage()._cdata != after.untyped_storage()._cdata:
             return [layer(x) for layer in layers]
     return linear(x, weights[0].as_strided((sum(sizes), width), (width, 1))).split(sizes, dim=-1)
 
