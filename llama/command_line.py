@@ -1,43 +1,138 @@
-"""Running a function from the command line, with fire."""
+"""Running functions from the command line, with fire."""
 
+import contextlib
+import difflib
 import functools
 import inspect
+import io
 import logging
+import os
 import re
 import sys
-from collections.abc import Callable
-from typing import Any
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 import fire
+import torch
+from fire import core, decorators, helptext, trace
 
+from llama.default_model import default_checkpoint
 from llama.errors import DownloadError, InputError
+from llama.generation import Llama
+
+Text = Annotated[str, "as it was typed"]  # of a parameter; others are read as Python reads them: 1, True, [2, 3]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+Command = Callable[..., None]
 
 
 class _Call:
-    """A call that is still to be made."""
+    """A call that is still to be made. (Its parts are private, so that fire takes no word for one of them.)"""
 
     def __init__(self, make: Callable[[], None]) -> None:
-        self._make = make  # private, so that fire lists no commands
+        self._make = make
 
 
-def run(main: Callable[..., None]) -> None:
-    """Call `main` with the arguments of the command line; its signature and docstring make the options and `--help`.
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """The number format of this name; None stays None."""
+    if name is not None and name not in DTYPES:
+        raise InputError(f"dtype={name!r} must be one of {list(DTYPES)}")
+    return None if name is None else DTYPES[name]
 
-    Unlike `fire.Fire(main)`, this refuses an unknown option before `main` begins its work, not after. Errors of the
-    user's making end the program with their message and exit code 1, without a traceback. Log messages go to standard
-    error. A parameter that is named after a word of Python's, such as `from_`, is given without the underscore.
+
+def build(
+    ckpt_dir: str | None, tokenizer_path: str | None, max_seq_len: int, dtype: str | None, max_batch_size: int = 1
+) -> Llama:
+    """`Llama.build` with what a command line says; no `ckpt_dir` means the default model."""
+    chosen = dtype_named(dtype)
+    checkpoint = default_checkpoint() if ckpt_dir is None else ckpt_dir
+    return Llama.build(checkpoint, tokenizer_path, max_seq_len, max_batch_size, dtype=chosen)
+
+
+def run(component: Command | Mapping[str, Command], name: str | None = None, words: list[str] | None = None) -> None:
+    """Call a function with the words of the command line; its signature and docstring make the options and `--help`.
+
+    Unlike `fire.Fire`, this refuses an unknown option before the function begins its work, not after. What goes wrong
+    ends the program with one line on standard error, and exit code 1, or 2 if the words of the command line are wrong;
+    with `--debug` there is a traceback, too. Log messages go to standard error. A parameter that is named after a word
+    of Python's, such as `from_`, is given without the underscore.
+
+    Args:
+        component: a function, or functions by the names of their commands.
+        name: of the program, for the help; by default, the script's.
+        words: the command line; by default, the program's.
     """
-    for name in inspect.signature(main).parameters:
-        if name.endswith("_"):
-            option = "--" + name.removesuffix("_")
-            sys.argv[1:] = [re.sub(rf"^{option}(?=$|=)", f"{option}_", word) for word in sys.argv[1:]]
+    words = sys.argv[1:] if words is None else list(words)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    name = name or os.path.basename(sys.argv[0])
+    if isinstance(component, Mapping) and words and not words[0].startswith("-"):
+        if words[0] not in component:
+            wrong(f"{words[0]!r} is no command of {name}", words[0], component)
+        component, name = component[words[0]], f"{name} {words.pop(0)}"
+    if isinstance(component, Mapping) or {"-h", "--help"} & set(words):
+        if words and not {"-h", "--help"} & set(words):
+            wrong(f"{words[0]} comes after a command of {name}", words[0], component)
+        print(help_text(component, name))
+        return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-
-    @functools.wraps(main)
-    def prepare(*args: Any, **options: Any) -> _Call:
-        return _Call(functools.partial(main, *args, **options))
-
+    call = parse(component, name, words)
     try:
-        fire.Fire(prepare, serialize=lambda call: call._make() if isinstance(call, _Call) else call)
-    except (InputError, DownloadError, MemoryError, OSError) as error:
-        sys.exit(f"error: {error}")
+        call._make()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # whoever reads our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        ours = isinstance(error, InputError | DownloadError | MemoryError | OSError | ArithmeticError)
+        kind = "" if ours else f"{type(error).__name__}: "
+        sys.exit(f"error: {kind}{error}" + ("" if ours or debug else " (--debug shows where)"))
+
+
+def parse(function: Command, name: str, words: list[str]) -> _Call:
+    """The call of a function that the words of a command line ask for."""
+    parameters = inspect.signature(function).parameters
+    for parameter in parameters:
+        if parameter.endswith("_"):
+            option = "--" + parameter.removesuffix("_")
+            words = [re.sub(rf"^{option}(?=$|=)", f"{option}_", word) for word in words]
+
+    @functools.wraps(function)
+    def prepare(*args: Any, **options: Any) -> _Call:
+        return _Call(functools.partial(function, *args, **options))
+
+    typed = [key for key, parameter in parameters.items() if "as it was typed" in str(parameter.annotation)]
+    if typed:
+        decorators.SetParseFn(str, *typed)(prepare)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            call: _Call = fire.Fire(prepare, command=words, name=name, serialize=lambda result: None)
+    except core.FireExit as exit:
+        (result,) = exit.trace.elements[-1:]
+        problem = result.ErrorAsStr() if result.HasError() else said.getvalue().splitlines()[0]
+        problem = re.sub(r"(\w+)_$", r"\1", problem)
+        unknown = re.match(r"Could not consume arg: (.*)", problem)
+        if unknown is None:
+            wrong(f"{name}: {problem}", "", parameters)
+        wrong(f"{name} has no use for {unknown[1]!r}", unknown[1], [f"--{key.rstrip('_')}" for key in parameters])
+    return call
+
+
+def wrong(message: str, word: str, known: Any) -> Any:
+    """End the program with exit code 2, because of a word on the command line; `known` are those there are."""
+    close = difflib.get_close_matches(word.split("=")[0], list(known), 1)
+    print(f"error: {message}; " + (f"did you mean {close[0]}?" if close else "see --help"), file=sys.stderr)
+    sys.exit(2)
+
+
+def help_text(component: Any, name: str) -> str:
+    """What `--help` prints."""
+    text = helptext.HelpText(component, trace=trace.FireTrace(component, name=name))
+    # fire doesn't know the name without the underscore.
+    return re.sub(r"(?<=--)(\w+)_(?=\W)|\b([A-Z]+)_(?=\W)", lambda match: match[1] or match[2], text)

@@ -8,14 +8,11 @@ import torch
 
 from llama.checkpoint import Checkpoint, check_tensors, open_checkpoint, parameter_shapes
 from llama.checkpoint.save import write
-from llama.command_line import run
-from llama.errors import InputError
+from llama.command_line import dtype_named, run
 from llama.model_args import ModelArgs
 from llama.tokenizer import Tokenizer
 
 logger = logging.getLogger("llama")
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def convert(
@@ -39,8 +36,7 @@ def convert(
         dtype: float32, float16 or bfloat16; by default the smallest that loses nothing
         tokenizer_path: the tokenizer's file, where it isn't with the checkpoint
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype={dtype!r} must be one of {list(DTYPES)}")
+    chosen = dtype_named(dtype)
     checkpoint = open_checkpoint(from_)
     tokenizer = find_tokenizer(checkpoint, tokenizer_path)
     params = checkpoint.settings.params
@@ -49,8 +45,7 @@ def convert(
     check_tensors(checkpoint, args)
     if args.max_position_embeddings is None:
         args.max_position_embeddings = checkpoint.settings.advised_seq_len
-    target_dtype = checkpoint.dtype() if dtype is None else DTYPES[dtype]
-    write(to, layout, args, whole_tensors(checkpoint, args), target_dtype, shards, tokenizer)
+    write(to, layout, args, whole_tensors(checkpoint, args), chosen or checkpoint.dtype(), shards, tokenizer)
     logger.info("wrote %s", to)
 
 
