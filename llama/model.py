@@ -41,9 +41,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.type_as(x) * self.weight
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return normed.type_as(x) * self.weight  # not in float32 any more, as in the reference
 
 
 def precompute_freqs_cis(

@@ -13,11 +13,11 @@ fairscale's own make the whole matrix on every process before they keep a part, 
 import atexit
 import contextlib
 import io
-import itertools
 import logging
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,8 @@ from torch import nn
 
 from llama.errors import InputError
 from llama.linear import Linear, linear
+
+Value = TypeVar("Value")
 
 LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # what torchrun sets
 
@@ -169,6 +171,24 @@ def raise_together(failure: BaseException | None) -> None:
         raise failure
 
 
+def told_by_the_first() -> Callable[[Value], Value]:
+    """A function that every process calls, and that gives each what the first of all has passed to it.
+
+    It waits as long as that takes: a person may be thinking. Every process must call this, too. (Its group is of its
+    own, since others give up after minutes.)
+    """
+    if not dist.is_initialized():
+        return lambda value: value
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+
+    def tell(value: Value) -> Value:
+        told = [value]
+        dist.broadcast_object_list(told, src=0, group=group, device=torch.device("cpu"))
+        return told[0]
+
+    return tell
+
+
 class ColumnParallelLinear(Linear):
     """`x @ weight.T`, with the output features split over the processes.
 
@@ -223,12 +243,15 @@ def together(x: torch.Tensor, *layers: nn.Module) -> Sequence[torch.Tensor]:
     if torch.is_grad_enabled() or not all(map(_is_plain, layers)):
         return [layer(x) for layer in layers]
     weights: list[torch.Tensor] = [layer.weight for layer in layers]  # type: ignore[misc]
-    sizes, width = [len(weight) for weight in weights], weights[0].shape[1]
-    for weight, after in itertools.pairwise(weights):
-        follows = weight.storage_offset() + weight.numel() == after.storage_offset() and weight.dtype == after.dtype
-        if not follows or weight.untyped_storage()._cdata != after.untyped_storage()._cdata:
+    first = weights[0]
+    sizes, width = [weight.shape[0] for weight in weights], first.shape[1]
+    memory, end = first.untyped_storage()._cdata, first.storage_offset() + first.numel()
+    for weight in weights[1:]:
+        follows = weight.storage_offset() == end and weight.untyped_storage()._cdata == memory
+        if not follows or weight.dtype != first.dtype:
             return [layer(x) for layer in layers]
-    return linear(x, weights[0].as_strided((sum(sizes), width), (width, 1))).split(sizes, dim=-1)
+        end += weight.numel()
+    return linear(x, first.as_strided((sum(sizes), width), (width, 1))).split_with_sizes(sizes, dim=-1)
 
 
 def lay_side_by_side(weights: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -238,7 +261,7 @@ def lay_side_by_side(weights: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether what the layer does is the product with its weight, and nobody looks on."""
-    ours = type(layer) in (ColumnParallelLinear, KVHeadParallelLinear)
+    ours = type(layer) is ColumnParallelLinear or type(layer) is KVHeadParallelLinear
     return ours and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
