@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import re
+import secrets
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -43,12 +44,26 @@ def dtype_named(name: str | None) -> torch.dtype | None:
 
 
 def build(
-    ckpt_dir: str | None, tokenizer_path: str | None, max_seq_len: int, dtype: str | None, max_batch_size: int = 1
+    ckpt_dir: str | None, tokenizer_path: str | None, max_seq_len: int, dtype: str | None, seed: int | None
 ) -> Llama:
-    """`Llama.build` with what a command line says; no `ckpt_dir` means the default model."""
+    """`Llama.build` for one row, with what a command line says.
+
+    Args:
+        ckpt_dir: None for the default model.
+        dtype: by name.
+        seed: None for another one each time.
+    """
     chosen = dtype_named(dtype)
-    checkpoint = default_checkpoint() if ckpt_dir is None else ckpt_dir
-    return Llama.build(checkpoint, tokenizer_path, max_seq_len, max_batch_size, dtype=chosen)
+    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**64):
+        raise InputError(f"seed={seed!r} must be a whole number of at least 0, and below 2**64")
+    return Llama.build(
+        default_checkpoint() if ckpt_dir is None else ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        max_batch_size=1,
+        seed=secrets.randbits(63) if seed is None else seed,
+        dtype=chosen,
+    )
 
 
 def run(component: Command | Mapping[str, Command], name: str | None = None, words: list[str] | None = None) -> None:
@@ -118,9 +133,10 @@ def parse(function: Command, name: str, words: list[str]) -> _Call:
         problem = result.ErrorAsStr() if result.HasError() else said.getvalue().splitlines()[0]
         problem = re.sub(r"(\w+)_$", r"\1", problem)
         unknown = re.match(r"Could not consume arg: (.*)", problem)
+        word = "" if unknown is None else unknown[1]
         if unknown is None:
             wrong(f"{name}: {problem}", "", parameters)
-        wrong(f"{name} has no use for {unknown[1]!r}", unknown[1], [f"--{key.rstrip('_')}" for key in parameters])
+        wrong(f"{name} has no use for {word!r}", word, [f"--{key.rstrip('_')}" for key in parameters])
     return call
 
 
@@ -131,8 +147,14 @@ def wrong(message: str, word: str, known: Any) -> Any:
     sys.exit(2)
 
 
-def help_text(component: Any, name: str) -> str:
-    """What `--help` prints."""
-    text = helptext.HelpText(component, trace=trace.FireTrace(component, name=name))
-    # fire doesn't know the name without the underscore.
-    return re.sub(r"(?<=--)(\w+)_(?=\W)|\b([A-Z]+)_(?=\W)", lambda match: match[1] or match[2], text)
+def help_text(component: Command | Mapping[str, Command], name: str) -> str:
+    """What `--help` prints: fire's text, with names and types as people write them."""
+    text: str = helptext.HelpText(component, trace=trace.FireTrace(component, name=name)).replace(f"'{name}'", name)
+    text = re.sub(r"(?<=--)(\w+)_(?=\W)|\b([A-Z]+)_(?=\W)", lambda match: match[1] or match[2], text)
+    text = (
+        re.sub(r"(?<=Type: )Optional\[(.*)\]", r"\1", text).replace(" | None\n", "\n").replace("pathlib.Path", "Path")
+    )
+    text = text.replace("Type: Optional\n", "Type: str\n")
+    if isinstance(component, Mapping):
+        text += f"\n\n{name} COMMAND --help tells more. With --debug, an error comes with a traceback."
+    return text
