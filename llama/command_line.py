@@ -8,10 +8,11 @@ import io
 import logging
 import os
 import re
+import secrets
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import fire
 import torch
@@ -43,12 +44,26 @@ def dtype_named(name: str | None) -> torch.dtype | None:
 
 
 def build(
-    ckpt_dir: str | None, tokenizer_path: str | None, max_seq_len: int, dtype: str | None, max_batch_size: int = 1
+    ckpt_dir: str | None, tokenizer_path: str | None, max_seq_len: int, dtype: str | None, seed: int | None
 ) -> Llama:
-    """`Llama.build` with what a command line says; no `ckpt_dir` means the default model."""
+    """`Llama.build` for one row, with what a command line says.
+
+    Args:
+        ckpt_dir: None for the default model.
+        dtype: by name.
+        seed: None for another one each time.
+    """
     chosen = dtype_named(dtype)
-    checkpoint = default_checkpoint() if ckpt_dir is None else ckpt_dir
-    return Llama.build(checkpoint, tokenizer_path, max_seq_len, max_batch_size, dtype=chosen)
+    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**64):
+        raise InputError(f"seed={seed!r} must be a whole number of at least 0, and below 2**64")
+    return Llama.build(
+        default_checkpoint() if ckpt_dir is None else ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        max_batch_size=1,
+        seed=secrets.randbits(63) if seed is None else seed,
+        dtype=chosen,
+    )
 
 
 def run(component: Command | Mapping[str, Command], name: str | None = None, words: list[str] | None = None) -> None:
@@ -124,7 +139,7 @@ def parse(function: Command, name: str, words: list[str]) -> _Call:
     return call
 
 
-def wrong(message: str, word: str, known: Any) -> Any:
+def wrong(message: str, word: str, known: Any) -> NoReturn:
     """End the program with exit code 2, because of a word on the command line; `known` are those there are."""
     close = difflib.get_close_matches(word.split("=")[0], list(known), 1)
     print(f"error: {message}; " + (f"did you mean {close[0]}?" if close else "see --help"), file=sys.stderr)
