@@ -1,0 +1,1 @@
+"""The commands of `llama` at a terminal, one file each."""
