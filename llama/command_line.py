@@ -12,7 +12,7 @@ import secrets
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import fire
 import torch
@@ -140,7 +140,7 @@ def parse(function: Command, name: str, words: list[str]) -> _Call:
     return call
 
 
-def wrong(message: str, word: str, known: Any) -> Any:
+def wrong(message: str, word: str, known: Any) -> NoReturn:
     """End the program with exit code 2, because of a word on the command line; `known` are those there are."""
     close = difflib.get_close_matches(word.split("=")[0], list(known), 1)
     print(f"error: {message}; " + (f"did you mean {close[0]}?" if close else "see --help"), file=sys.stderr)

@@ -130,6 +130,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def writable_file(path: str | Path, what: str) -> Path:
+    """`path` as a Path, if a file can get this name; raises what `require_path` does for its folder."""
+    file = as_path(path, what).absolute()
+    require_path(file.parent, f"the folder of {what}")
+    if file.is_dir() or not file.parent.is_dir():
+        raise InputError(f"{what}={str(path)!r} must be the name of a file in a folder")
+    return file
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that gets its name only when all of it is written; one of that name is replaced."""
+    scratch = file.with_name(f".{file.name}.unfinished-{uuid.uuid4().hex[:8]}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -59,7 +59,7 @@ class Decoding:
             if not isinstance(texts, Iterable):
                 raise InputError(f"stop={self.stop!r:.80} must be a text or a list of texts")
             object.__setattr__(self, "stop", tuple(texts))
-        _check_count("max_gen_len", self.max_gen_len, 0)
+        check_count("max_gen_len", self.max_gen_len, 0)
         if not is_number(self.temperature) or not math.isfinite(self.temperature) or self.temperature < 0:
             raise InputError(f"temperature={self.temperature!r} must be a number of at least 0")
         if 0 < self.temperature < 1e-30:
@@ -67,9 +67,9 @@ class Decoding:
         if not is_number(self.top_p) or not 0 <= self.top_p <= 1:
             raise InputError(f"top_p={self.top_p!r} must be between 0 and 1")
         if self.top_k is not None:
-            _check_count("top_k", self.top_k, 1)
-        _check_count("num_return_sequences", self.num_return_sequences, 1)
-        _check_count("num_beams", self.num_beams, 1)
+            check_count("top_k", self.top_k, 1)
+        check_count("num_return_sequences", self.num_return_sequences, 1)
+        check_count("num_beams", self.num_beams, 1)
         if not is_number(self.length_penalty) or not -20 <= self.length_penalty <= 20:
             raise InputError(f"length_penalty={self.length_penalty!r} must be a number between -20 and 20")
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
@@ -81,7 +81,7 @@ class Decoding:
                 f"logits_processor={self.logits_processor!r:.80} must be a function (tokens, logits) -> logits"
             )
         if self.seed is not None:
-            _check_count("seed", self.seed, 0)
+            check_count("seed", self.seed, 0)
             if self.seed >= 2**64:
                 raise InputError(f"seed={self.seed} must be below 2**64")
         self._check_combinations()
@@ -142,6 +142,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _check_count(name: str, value: Any, least: int) -> None:
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise InputError if an argument is no whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise InputError(f"{name}={value!r} must be a whole number of at least {least}")

@@ -18,8 +18,7 @@ def sample_top_p(probs: torch.Tensor, p: float, *, generator: torch.Generator | 
         Token ids, (batch, 1).
     """
     sorted_probs, sorted_ids = _likeliest(probs, p)  # (batch, count)
-    before = torch.cumsum(sorted_probs, dim=-1) - sorted_probs
-    nucleus = sorted_probs.masked_fill(before > p, 0.0)
+    nucleus = keep_nucleus(sorted_probs, p)
     # As wide as the vocabulary: so many random numbers does the reference draw, and so they are added up there.
     nucleus = F.pad(nucleus, (0, probs.shape[-1] - nucleus.shape[-1]))
     nucleus = nucleus / nucleus.sum(dim=-1, keepdim=True)
@@ -30,6 +29,12 @@ def sample_top_p(probs: torch.Tensor, p: float, *, generator: torch.Generator | 
         if twins.any():
             sorted_ids = torch.sort(probs, dim=-1, descending=True).indices
     return sorted_ids.gather(-1, drawn)
+
+
+def keep_nucleus(sorted_probs: torch.Tensor, p: float) -> torch.Tensor:
+    """Probabilities in falling order, (batch, count), with 0 in place of those outside of the nucleus of p."""
+    before = torch.cumsum(sorted_probs, dim=-1) - sorted_probs
+    return sorted_probs.masked_fill(before > p, 0.0)
 
 
 def _likeliest(probs: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,11 +82,34 @@ def next_tokens(
         ids = logits.argmax(dim=-1)
     else:
         drawable = torch.where(finite[:, None], logits, 0.0)  # torch.multinomial aborts on NaN
-        scaled = drawable / temperature
-        if top_k is not None:
-            scaled = keep_top_k(scaled, top_k)
-        ids = sample_top_p(torch.softmax(scaled, dim=-1), top_p, generator=generator).squeeze(-1)
+        probs = warped_probs(drawable, temperature, top_k)
+        ids = sample_top_p(probs, top_p, generator=generator).squeeze(-1)
     return torch.where(finite, ids, -1)
+
+
+def warped_probs(logits: torch.Tensor, temperature: float, top_k: int | None = None) -> torch.Tensor:
+    """Probabilities, (batch, vocab_size), of logits divided by a temperature above 0; the `top_k` likeliest tokens'."""
+    scaled = logits / temperature
+    if top_k is not None:
+        scaled = keep_top_k(scaled, top_k)
+    return torch.softmax(scaled, dim=-1)
+
+
+def draw_probs(logits: torch.Tensor, temperature: float, top_p: float, top_k: int | None = None) -> torch.Tensor:
+    """The probability that `next_tokens` draws each token with: (batch, vocab_size) -> (batch, vocab_size).
+
+    With `top_p=1` that is every token's. (A draw then leaves out the last few, where the sum of all before, about 1,
+    happens to be rounded up.)
+    """
+    if temperature == 0 or top_k == 1:
+        return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(logits.dtype)
+    probs = warped_probs(logits, temperature, top_k)
+    if top_p == 1:
+        return probs
+    sorted_probs, ids = torch.sort(probs, dim=-1, descending=True)
+    nucleus = keep_nucleus(sorted_probs, top_p)
+    nucleus = nucleus / nucleus.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(nucleus).scatter(-1, ids, nucleus)
 
 
 def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -106,6 +106,19 @@ class Tokenizer:
                 raise InputError(f"token id {i} is outside the vocabulary of {self.n_words} tokens")
         return self._engine.decode([i for i in ids if i < self._engine.n_words])  # not n_padding
 
+    def token_text(self, token: int) -> str:
+        """What one token reads as: text, in which bytes that are no whole character stand as `\\xf0\\x9f`; or its name.
+
+        Names are those of special tokens, and `<|unused_7|>` of an id that no text is made of.
+
+        Raises:
+            InputError: an id outside the vocabulary.
+        """
+        if not 0 <= token < self.n_words:
+            raise InputError(f"token id {token} is outside the vocabulary of {self.n_words} tokens")
+        known = self._engine.token_bytes(token) if token < self._engine.n_words else None
+        return f"<|unused_{token}|>" if known is None else known.decode("utf-8", "backslashreplace")
+
 
 def _open(model_path: str | Path | GGUFFile) -> "_BytePairs | _SentencePieces":
     """The engine for a file, told by its first bytes."""
@@ -181,6 +194,9 @@ class _BytePairs:
     def decode(self, ids: list[int]) -> str:
         return self.model.decode([i for i in ids if i in self._ids])
 
+    def token_bytes(self, token: int) -> bytes | None:
+        return self.model.decode_single_token_bytes(token) if token in self._ids else None
+
 
 class _SentencePieces:
     """Llama 2's sentencepiece model."""
@@ -210,6 +226,12 @@ class _SentencePieces:
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids)
+
+    def token_bytes(self, token: int) -> bytes:
+        piece: str = self.model.id_to_piece(token)
+        if self.model.is_byte(token):  # "<0x0A>"
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("▁", " ").encode()
 
 
 def split_long(text: str) -> Iterator[str]:

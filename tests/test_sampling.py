@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama.sampling import next_tokens, sample_top_p, token_logprobs
+from llama.sampling import draw_probs, next_tokens, sample_top_p, token_logprobs
 
 
 def nucleus_of(probs: list[float], p: float) -> dict[int, float]:
@@ -140,3 +140,13 @@ def test_same_draws_where_all_likely_tokens_are_equally_likely():
         want = plain_sample_top_p(probs, 0.9)
         torch.manual_seed(seed)
         assert torch.equal(sample_top_p(probs, 0.9), want)
+
+
+def test_draws_have_the_probabilities_that_are_told():
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 2
+    told = draw_probs(logits, 1.2, 0.8, 20)[0]
+    drawn = next_tokens(logits.expand(20000, -1), 1.2, 0.8, 20, torch.Generator().manual_seed(0))
+    shares = torch.bincount(drawn, minlength=50) / 20000
+    assert torch.equal(shares > 0, told > 0)
+    assert torch.allclose(shares, told, atol=0.015)
+    assert 1 < int((told > 0).sum()) < 20

@@ -311,3 +311,25 @@ def test_merges_must_be_in_the_order_of_their_ids(tmp_path):
         byte_level_ranks(tokens, ["c c"], tmp_path)
     with pytest.raises(ValueError, match="stands for no byte"):
         byte_level_ranks({"あ": 0}, [], tmp_path)
+
+
+def test_what_tokens_read_as(llama3, llama2):
+    """Their text, the bytes of half characters, and the names of special tokens."""
+
+    def texts(tokenizer, text: str) -> str:
+        return " ".join(map(repr, map(tokenizer.token_text, tokenizer.encode(text, bos=True, eos=True))))
+
+    smile = r"'\\xf0' '\\x9f' '\\x99' '\\x82'"
+    assert texts(llama3, "the 🙂\n") == rf"'<|begin_of_text|>' 'th' 'e' ' ' {smile} '\n' '<|end_of_text|>'"
+    assert texts(llama2, "the house") == "'<s>' ' the' ' house' '</s>'"
+    assert texts(llama2, "🙂") == f"'<s>' ' ' {smile} '</s>'"
+    for tokenizer in (llama3, llama2):
+        assert all(tokenizer.token_text(i) for i in range(tokenizer.n_words))
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            tokenizer.token_text(tokenizer.n_words)
+
+
+def test_ids_without_a_text(llama3_path):
+    tokenizer = Tokenizer(llama3_path)
+    tokenizer.n_words += 4  # as Hugging Face's padded embeddings have it
+    assert tokenizer.token_text(524) == "<|unused_524|>"
