@@ -9,7 +9,7 @@ from llama.checkpoint import hugging_face
 from llama.checkpoint.gguf import GGUFCheckpoint
 from llama.checkpoint.hugging_face import HuggingFaceCheckpoint, read_config_json
 from llama.checkpoint.layout import Checkpoint, Settings
-from llama.checkpoint.meta import MetaCheckpoint, read_params_json
+from llama.checkpoint.meta import MetaCheckpoint, read_params_json_alone
 from llama.checkpoint.parameters import SAME_INPUT, parameter_shapes, share
 from llama.errors import CheckpointError, InputError, MissingFileError
 from llama.files import listing, require_path
@@ -70,7 +70,7 @@ def read_settings(path: str | Path) -> Settings:
         path: one of those files, or a folder with one; else whatever `open_checkpoint` takes.
     """
     found = require_path(path, "ckpt_dir")
-    for name, read in (("params.json", read_params_json), (hugging_face.CONFIG, read_config_json)):
+    for name, read in (("params.json", read_params_json_alone), (hugging_face.CONFIG, read_config_json)):
         if found.name == name:
             return read(found)
         if (found / name).is_file():

@@ -141,14 +141,29 @@ def _is_a(value: Any, kinds: tuple[Any, ...]) -> bool:
     return type(value) in kinds
 
 
+def read_params_json_alone(path: Path) -> Settings:
+    """What a `params.json` says of a model whose weights nobody looks at.
+
+    Llama 3.2's small models are tied, which their files don't say; with the weights at hand, it shows.
+    """
+    settings = read_params_json(path)
+    if is_small(settings.params):
+        settings.params.setdefault("tie_embeddings", True)
+    return settings
+
+
+def is_small(params: dict[str, Any]) -> bool:
+    """Whether this is Llama 3.2 1B or 3B, whose `params.json` leaves some things out."""
+    return bool(params.get("use_scaled_rope")) and (params["dim"], params["n_layers"]) in {(2048, 16), (3072, 28)}
+
+
 def interpret_params(path: Path, params: dict[str, Any]) -> Settings:
     """Add what the keys that are there, and those that are not, mean by convention."""
     if "rope_theta" not in params:  # Llama 2, which had only one
         return Settings(path, {**params, "rope_theta": 10000.0}, advised_seq_len=4096)
     if params.get("use_scaled_rope"):
         # The files of Llama 3.2's small models don't say that their factor is not 3.1's.
-        small = (params["dim"], params["n_layers"]) in {(2048, 16), (3072, 28)}
-        meant: dict[str, Any] = {"rope_scaling_factor": 32.0} if small else {}
+        meant: dict[str, Any] = {"rope_scaling_factor": 32.0} if is_small(params) else {}
         return Settings(path, {**meant, "max_position_embeddings": 131072, **params})
     if params["rope_theta"] == 500000:
         return Settings(path, {"max_position_embeddings": 8192, **params})

@@ -6,7 +6,6 @@ and after each piece of an answer whether to go on.
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from llama.chat import Dialog, Message, check_dialog
 from llama.command_line import Text, build
 from llama.commands.terminal import Keyboard, show, visible
 from llama.errors import InputError
-from llama.files import as_path, require_path
+from llama.files import require_path, writable_file, write_whole
 from llama.generation import Llama
 from llama.options import Decoding
 from llama.parallel import first_rank, told_by_the_first
@@ -241,12 +240,10 @@ class Conversation:
         say(f"(temperature {temperature:g})")
 
     def _save(self, name: str) -> None:
-        path = as_path(name, "the file to save to").absolute()
+        path = writable_file(name, "the file to save to")
         if path.exists() and path not in self.files:
             raise InputError(f"{path} is there already; give the name of a new file")
-        scratch = path.with_name(f".{path.name}.unfinished")
-        scratch.write_text(json.dumps(self.dialog, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(scratch, path)
+        write_whole(path, json.dumps(self.dialog, indent=1, ensure_ascii=False) + "\n")
         self.files.add(path)
         say(f"(saved {len(self.dialog)} messages to {path})")
 

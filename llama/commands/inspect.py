@@ -1,7 +1,6 @@
 """`llama inspect`: how sure a model was of a text, token by token."""
 
 import io
-import os
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from rich.text import Text as Styled
 from llama.command_line import Text, build
 from llama.commands.page import page
 from llama.commands.shown import LEGEND, figures, level, percent, readable, settings
+from llama.commands.terminal import text_given
 from llama.default_model import default_checkpoint
 from llama.errors import InputError
 from llama.files import writable_file, write_whole
@@ -84,21 +84,6 @@ def inspect(
     elif first_rank():
         write_whole(file, page(found, Path(checkpoint).resolve().name))
         print(f"wrote {file}")
-
-
-def text_given(text: str | None) -> str:
-    """The argument, or else what is piped into the program, without its last line end.
-
-    Raises:
-        InputError: there is neither; or several processes would share what is piped in.
-    """
-    if text is not None:
-        return text
-    if sys.stdin is None or sys.stdin.isatty():
-        raise InputError('no text: give one, in quotes ("…"), or pipe one in')
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("no text: several processes can't share standard input; give the text as an argument")
-    return sys.stdin.read().removesuffix("\n")
 
 
 def show(found: Inspection, console: Console) -> None:
