@@ -5,6 +5,7 @@ round, so that a busy machine slows all of them. Ratios are taken within a round
 and `results.png` go into the folder.
 """
 
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -15,10 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fire
 import torch
-from peers import PEERS
+from peers import MODULES, PEERS
 from weights import write_weights
+
+from llama.command_line import run
+from llama.errors import InputError
 
 # What is asked of a library, and of which.
 DECODE = {
@@ -216,14 +219,30 @@ def main(
     rounds: int = 5,
     threads: int = 0,
 ) -> None:
-    """Measure, and write `results.json` and `results.png` into the folder `out`.
+    """Measure this library beside its peers, in half an hour or more.
 
     Args:
-        models: "smollm2", the default model, and "1b", a random one of Llama 3.2 1B's shape (in bfloat16 only).
-        peers: whom to measure; the first must be ours.
-        threads: for each library; 0 for as many as there are cores.
+        out: the folder for results.json and results.png
+        models: smollm2 (the default model) and 1b (a random one of Llama 3.2 1B's shape, in bfloat16 only)
+        dtypes: float32 and bfloat16
+        peers: whom to measure: ours first
+        rounds: how often each is measured, by turns
+        threads: for each library; 0 for as many as there are cores
     """
-    listed = [list(words) if isinstance(words, tuple) else words.split(",") for words in (models, dtypes, peers)]
+    listed = [list(words) if isinstance(words, tuple) else str(words).split(",") for words in (models, dtypes, peers)]
+    known = (("smollm2", "1b"), ("float32", "bfloat16"), tuple(PEERS))
+    for what, words, possible in zip(("models", "dtypes", "peers"), listed, known, strict=True):
+        if not set(words) <= set(possible):
+            raise InputError(f"{what}={','.join(map(str, words))} must be some of {','.join(possible)}")
+    if listed[2][0] != "ours":
+        raise InputError(f"peers={','.join(listed[2])} must begin with ours, which the others are compared with")
+    for name, value, least in (("rounds", rounds, 1), ("threads", threads, 0)):
+        if not isinstance(value, int) or value < least:
+            raise InputError(f"{name}={value!r} must be a whole number of at least {least}")
+    needed = {MODULES[name].split(".")[0] for name in listed[2]} | {"matplotlib"}
+    missing = sorted(name for name in needed if importlib.util.find_spec(name) is None)
+    if missing:
+        raise InputError(f"not installed: {', '.join(missing)}; install them with: pip install -e '.[bench]'")
     target = Path(out)
     target.mkdir(parents=True, exist_ok=True)
     results = []
@@ -241,4 +260,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main)

@@ -279,20 +279,17 @@ PEERS: dict[str, Any] = {
 }
 
 
-def import_library(name: str) -> None:
-    """So that neither the time nor the memory that this takes is counted."""
-    modules = {
-        "ours": "llama",
-        "llama-models": "llama_models.llama3.model",
-        "transformers": "transformers.models.llama.modeling_llama",
-        "llama.cpp": "llama_cpp",
-    }
-    importlib.import_module(modules[name])
+MODULES = {
+    "ours": "llama",
+    "llama-models": "llama_models.llama3.model",
+    "transformers": "transformers.models.llama.modeling_llama",
+    "llama.cpp": "llama_cpp",
+}
 
 
 def serve(name: str, folder: Path, dtype: torch.dtype, rows: int, length: int, answer: Callable[[Any], None]) -> None:
     """Load a model and do what standard input asks for."""
-    import_library(name)
+    importlib.import_module(MODULES[name])  # so that neither the time nor the memory that this takes is counted
     before, start = memory(), time.perf_counter()
     peer: Peer = PEERS[name](folder, dtype, rows, length)
     loaded = time.perf_counter() - start

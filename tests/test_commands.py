@@ -11,9 +11,10 @@ from conftest import ROOT, run_python, tiny_model, torchrun, write_gguf, write_m
 from test_real_shapes import MODELS, model  # noqa: F401 - a fixture: the published models' settings
 
 from llama import Llama
+from llama.commands.info import info
 from llama.default_model import default_checkpoint
 
-COMMANDS = ("chat", "complete", "inspect", "info", "convert")
+COMMANDS = ("chat", "complete", "inspect", "info", "convert", "bench")
 
 
 def llama_command(*words, stdin="", **environment) -> subprocess.CompletedProcess:
@@ -66,6 +67,9 @@ def test_it_is_installed_as_llama():
         (["convert", "/nowhere"], 2, "error: llama convert: The function received no value for the required argument"),
         (["convert", "/nowhere", "/x"], 1, "error: ckpt_dir='/nowhere' does not exist"),
         (["convert", "/nowhere", "/x", "--dtype", "int3"], 1, "error: dtype='int3' must be one of"),
+        (["bench", "--models", "2b"], 1, "error: models=2b must be some of smollm2,1b"),
+        (["bench", "--rounds", "0"], 1, "error: rounds=0 must be a whole number of at least 1"),
+        (["bench", "--peers", "transformers"], 1, "error: peers=transformers must begin with ours"),
     ],
 )
 def test_a_mistake_is_one_line(words, code, message):
@@ -130,7 +134,11 @@ def told(*words) -> dict[str, str]:
     """What `llama info` says, by its first column."""
     shown = llama_command("info", *words)
     assert shown.returncode == 0, shown.stderr
-    return {line[:14].strip(): line[14:].strip() for line in shown.stdout.splitlines()}
+    return by_first_column(shown.stdout)
+
+
+def by_first_column(text: str) -> dict[str, str]:
+    return {line[:14].strip(): line[14:].strip() for line in text.splitlines()}
 
 
 def test_info_on_every_layout(tmp_path, llama3_path):
@@ -160,12 +168,13 @@ def test_info_on_every_layout(tmp_path, llama3_path):
 FAMILIES = {"Llama 2": "Llama 2", "Llama 3 ": "Llama 3", "Llama 3.": "Llama 3.1 or later"}
 
 
-def test_info_on_published_models(model):  # noqa: F811
+def test_info_on_published_models(model, capsys):  # noqa: F811
     """Their settings alone; parameters as their makers name them."""
     name, folder = model
     params, _, parameters = MODELS[name]
     for layout, words in (("meta", "Meta, no weights there"), ("hf", "Hugging Face, no weights there")):
-        found = told(folder / layout, "--dtype", "bfloat16", "--max_seq_len", 4096, "--max_batch_size", 2)
+        info(str(folder / layout), dtype="bfloat16", max_seq_len=4096, max_batch_size=2)
+        found = by_first_column(capsys.readouterr().out)
         assert found["parameters"] == f"{parameters:,}"
         assert found["weights"].startswith(f"{2 * parameters:,} bytes")
         kv_heads, head_dim = params.get("n_kv_heads", params["n_heads"]), params["dim"] // params["n_heads"]

@@ -1,11 +1,16 @@
 """The README: its programs run, and what it points at is there."""
 
 import ast
+import os
 import re
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+from llama.default_model import default_checkpoint
 
 README = (ROOT / "README.md").read_text()
 
@@ -33,6 +38,19 @@ def test_its_programs_run_one_after_the_other(capsys):
     assert "Paris" in printed[5]
     assert "Madrid" in printed[5]
     assert printed[7] == blocks("text")[1]
+
+
+@pytest.mark.real
+def test_its_terminal_sessions_show_what_is_printed():
+    """But for what stands there as …: what differs from machine to machine."""
+    default_checkpoint()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where `llama` is installed
+    sessions = [part for block in blocks("console") for part in re.split(r"^\$ ", block, flags=re.MULTILINE) if part]
+    assert len(sessions) >= 3
+    for session in sessions:
+        command, _, shown = session.partition("\n")
+        run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=os.environ | {"PATH": path})
+        assert re.fullmatch(re.escape(shown).replace("…", ".*"), run.stdout), run.stdout + run.stderr
 
 
 def test_its_two_commands_are_the_ones_that_ci_runs():
