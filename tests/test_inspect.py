@@ -190,10 +190,13 @@ def printed(found, width=100, **options) -> str:
 
 @pytest.fixture(scope="module")
 def hostile(tiny, llama3):
-    """A text that would do harm if it were taken for markup or for a terminal's commands."""
+    """A text that would do harm if it were taken for markup or for a terminal's commands; so would tokens of it."""
     ids = llama3.encode(f"{HOSTILE} & two\nlines", bos=True, eos=False)
     (new,), _ = tiny.generate([ids], max_gen_len=4, temperature=0)
-    return inspect_tokens(tiny, ids + new, len(new))
+    found = inspect_tokens(tiny, ids + new, len(new))
+    bad = [choice._replace(text="[/b]</b><em>\x1b") for choice in found.next_tokens]
+    last = found.tokens[-1]._replace(text="[bold]</span><em>\x1b[0m", alternatives=bad)
+    return replace(found, tokens=[*found.tokens, last], next_tokens=bad)
 
 
 @pytest.mark.parametrize("width", [30, 80, 200])
@@ -225,6 +228,8 @@ def test_nothing_steers_the_terminal(hostile):
     text = printed(hostile, color_system=None)
     assert "\x1b" not in text.replace("\x1b[?25", "")
     assert "[bold]x[/bold] ␛[31m␛]0;y␇ \\xe2\\x80\\xae" in text.replace("\n", "")
+    assert "[bold]</span><em>␛[0m" in text.replace("\n", "")
+    assert text.count("[/b]</b><em>␛") == 10 + 2 * 10  # at the token; and in two rows of charts
 
 
 # The command
@@ -384,14 +389,14 @@ def look(browser, tmp_path):
     """Open an inspection's page; afterwards nothing may have been asked of the network, or stand in the console."""
     path = tmp_path / "page.html"
 
-    def look(found, width=1100, scheme="light"):
+    def look(found, width=1100, height=800, scheme="light"):
         write_whole(path, page(found, "a model"))
         browser.execute_cdp_cmd(
             "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         )
         browser.execute_cdp_cmd(
             "Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500},
+            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500},
         )
         browser.get(path.as_uri())
         return browser
@@ -451,7 +456,8 @@ def test_alternatives_show_when_a_token_is_pointed_at_or_focused(look, found, wi
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
 
-    browser = look(found, width)
+    height = 400
+    browser = look(found, width, height)
     elements = browser.find_elements("css selector", ".t")
     tips = [element.find_element("css selector", ".tip") for element in elements]
 
@@ -460,12 +466,15 @@ def test_alternatives_show_when_a_token_is_pointed_at_or_focused(look, found, wi
         for choice in found.tokens[i].alternatives:
             assert f"{readable(choice.text)}\n{percent(choice.probability)}" in tips[i].text
         box = browser.execute_script("return arguments[0].getBoundingClientRect()", tips[i])
-        assert box["left"] >= 0
-        assert box["right"] <= width
+        assert 0 <= box["left"] < box["right"] <= width
+        assert 0 <= box["top"] < box["bottom"] <= height
         assert elements[i].get_attribute("aria-describedby") == tips[i].get_attribute("id")
 
     assert not any(tip.is_displayed() for tip in tips)
-    for i in (1, 20, len(tips) - 1):
+    rightmost = max(range(len(elements)), key=lambda i: elements[i].rect["x"])
+    for i in (1, 20, rightmost, len(tips) - 1):
+        # At the lower edge, where there is no room below it.
+        browser.execute_script("arguments[0].scrollIntoView({block: 'end'})", elements[i])
         ActionChains(browser).move_to_element(elements[i]).perform()
         shows(i)
         assert f"rank {found.tokens[i].rank:,} · log-probability {found.tokens[i].logprob:.2f}" in tips[i].text
@@ -519,7 +528,7 @@ def test_injected_text_is_inert(look, hostile):
     browser = look(hostile)
     shown = "".join(own_text(browser, element) for element in browser.find_elements("css selector", ".t"))
     assert '<script>alert(1)</script><img src="http://127.0.0.1:9/x.png"> [bold]x[/bold] ␛[31m' in shown
-    assert browser.find_elements("css selector", "script, img, iframe, .t b:not(.tip b), style ~ style") == []
+    assert browser.find_elements("css selector", "script, img, em, body style") == []
     assert browser.title == "How sure was the model? – a model"
 
 
