@@ -195,7 +195,8 @@ class Llama2Format(ChatFormat):
         return ids + self.tokenizer.encode(self._asked(turns[-1]), bos=True, eos=False)
 
     def encode_turns(self, dialog: Dialog) -> list[Stretch]:
-        if not dialog or dialog[-1]["role"] != "assistant":
+        check_dialog(dialog)
+        if dialog[-1]["role"] != "assistant":
             raise InputError("to be learned from, a dialog must end with what the assistant says")
         turns = [*self._turns(dialog[:-1]), dialog[-1]["content"]]
         stretches: list[Stretch] = []
