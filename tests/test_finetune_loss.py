@@ -2,37 +2,17 @@
 
 import io
 import math
-import random
 
 import pytest
 import torch
 from conftest import hugging_face_twin, same_weights, tiny_model
+from train_everything import examples, options
 
 from llama.finetune.data import Example, make_batch
 from llama.finetune.lora import Adapted, add_adapters, merge_adapters
 from llama.finetune.loss import mean_loss, summed_loss
 from llama.finetune.optimizer import BETAS, Optimizer, learning_rate
-from llama.finetune.options import Options
 from llama.finetune.training import checkpoint_activations, choose_parameters, learn
-
-OPTIONS = {"format": "chat", "train": "all", "lr": 1e-3, "epochs": 1, "batch_size": 4, "grad_accum": 1}
-OPTIONS |= {"max_seq_len": 96, "warmup": 0.1, "weight_decay": 0.01, "clip": 1.0, "val_fraction": 0.1, "save_every": 9}
-OPTIONS |= {"seed": 1, "lora_rank": 4, "activation_checkpointing": False}
-
-
-def options(**changes):
-    return Options(**(OPTIONS | changes))
-
-
-def examples(count=7, seed=0):
-    """Of unlike lengths, each with two stretches that are learned."""
-    draw = random.Random(seed)
-    made = []
-    for line in range(count):
-        lengths = [draw.randrange(1, 20) for _ in range(4)]
-        learned = [bool(i % 2) for i, length in enumerate(lengths) for _ in range(length)]
-        made.append(Example(line, [draw.randrange(320) for _ in learned], learned))
-    return made
 
 
 def transformers_loss(twin, rows):
