@@ -4,4 +4,4 @@ from llama.command_line import run
 from llama.finetune import finetune
 
 if __name__ == "__main__":
-    run(finetune, "python -m llama.finetune")
+    run(finetune, "llama.finetune")
