@@ -16,7 +16,7 @@ from llama.finetune.data import read_examples, split_off
 from llama.finetune.options import Options
 from llama.finetune.run_folder import RunFolder
 from llama.finetune.training import train as train_model
-from llama.memory import default_dtype
+from llama.memory import default_dtype, is_out_of_memory
 from llama.tokenizer import Tokenizer
 
 logger = logging.getLogger("llama")
@@ -119,14 +119,24 @@ def finetune(
         options.settings()
         | {
             "ckpt_dir": str(checkpoint.path.absolute()),
+            "tokenizer_path": None if tokenizer_path is None else str(tokenizer_path),
             "data": hashlib.sha256(Path(data).read_bytes()).hexdigest(),
             "dtype": str(chosen).removeprefix("torch."),
             "model_parallel_size": parallel.model_parallel_size(),
             "copies": parallel.data_parallel_size(),
         },
     )
-    model = load_model(checkpoint, args, device=device, dtype=chosen)
-    train_model(model, training, validation, options, folder)
+    try:
+        model = load_model(checkpoint, args, device=device, dtype=chosen)
+        train_model(model, training, validation, options, folder)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"not enough memory to train {train!r} with batch_size={batch_size}, max_seq_len={max_seq_len}: lower them "
+            f"(a higher grad_accum makes up for a lower batch_size), or give activation_checkpointing, train='lora', "
+            f"or more processes"
+        ) from error
     folder.finish(model, tokenizer)
 
 

@@ -47,12 +47,7 @@ def train(
         len(training), len(validation), steps, min(per_step, len(training)), f"{trained:,}", f"{numbers:,}",
     )  # fmt: skip
 
-    start = 0
-    state = folder.newest()
-    if state is not None:
-        optimizer.restore(state)
-        start = state["step"]
-        logger.info("going on after step %d", start)
+    start = go_on(optimizer, folder)
     bar = tqdm(
         range(start, steps), "training", steps, initial=start, unit=" steps", disable=None if first_rank() else True
     )
@@ -74,10 +69,22 @@ def train(
             )
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s")
         folder.log(step=step + 1, loss=loss, learning_rate=rate, gradient_norm=norm, tokens_per_second=round(speed, 1))
+        if turn + 1 == per_epoch:
+            logger.info("epoch %d of %d: loss %.3f", epoch + 1, options.epochs, loss)
         if (step + 1) % options.save_every == 0 or step + 1 == steps:
             folder.save(step + 1, optimizer.state())
     merge_adapters(model)
     validate(model, validation, options, folder, steps)
+
+
+def go_on(optimizer: Optimizer, folder: RunFolder) -> int:
+    """Take up the newest state in the folder, if there is one; returns the steps made so far."""
+    state = folder.newest()
+    if state is None:
+        return 0
+    optimizer.restore(state)
+    logger.info("going on after step %d", state["step"])
+    return int(state["step"])
 
 
 def choose_parameters(model: Transformer, options: Options) -> None:
