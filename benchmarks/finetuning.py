@@ -133,7 +133,8 @@ def main() -> None:
         for _ in range(given.rounds):
             for way in WAYS:
                 command = [sys.executable, __file__, "--way", way, "--folder", str(folder), "--steps", str(given.steps)]
-                found[way].append(json.loads(subprocess.check_output(command)))
+                found[way].append(json.loads(subprocess.check_output(command, stderr=subprocess.DEVNULL)))
+                print(f"{way}: {found[way][-1]}", file=sys.stderr)
     first = found["ours"][0]
     for runs in found.values():
         if abs(runs[0]["loss"] - first["loss"]) > 1e-3:
