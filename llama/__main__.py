@@ -9,13 +9,14 @@ from llama.commands.complete import complete
 from llama.commands.info import info
 from llama.commands.inspect import inspect
 from llama.convert import convert
+from llama.finetune import finetune
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"  # of a clone; they aren't installed
 
 
 def main() -> None:
-    commands: dict[str, Command] = {}
-    commands |= {"chat": chat, "complete": complete, "inspect": inspect, "info": info, "convert": convert}
+    commands: dict[str, Command] = {"chat": chat, "complete": complete, "inspect": inspect}
+    commands |= {"info": info, "convert": convert, "finetune": finetune}
     if (BENCHMARKS / "compare.py").is_file():
         sys.path.insert(0, str(BENCHMARKS))
         from compare import main as bench

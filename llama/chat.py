@@ -6,7 +6,7 @@ turn of its own.
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 from llama.errors import InputError
 
@@ -21,6 +21,13 @@ class Message(TypedDict):
 
 
 Dialog = Sequence[Message]
+
+
+class Stretch(NamedTuple):
+    """Tokens of a dialog that follow each other."""
+
+    ids: list[int]
+    said: bool  # by the assistant
 
 
 class ChatFormat:
@@ -71,6 +78,17 @@ class ChatFormat:
         """
         raise NotImplementedError
 
+    def encode_turns(self, dialog: Dialog) -> list[Stretch]:
+        """The tokens of a whole dialog, in stretches, with what the assistant says told apart: to learn from.
+
+        What the assistant says is the content of its messages, and the token that ends each. What stands before the
+        first is what `encode_dialog_prompt` gives for the dialog so far, so that learning and answering see the same.
+
+        Raises:
+            InputError: as `encode_dialog_prompt`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no encode_turns, which training needs")
+
     def refusal(self, dialog: Dialog) -> str | None:
         """What to answer in place of the model, if the dialog can't be put to it."""
         return None
@@ -100,6 +118,15 @@ class Llama3Format(ChatFormat):
             ids += self.encode_message(message)
         return ids + self.encode_header({"role": "assistant", "content": ""})
 
+    def encode_turns(self, dialog: Dialog) -> list[Stretch]:
+        check_dialog(dialog)
+        stretches = [Stretch([self.tokenizer.special_tokens["<|begin_of_text|>"]], False)]
+        for message in dialog:
+            header = self.encode_header(message)
+            content = self.encode_message(message)[len(header) :]  # with eot
+            stretches += [Stretch(header, False), Stretch(content, message["role"] == "assistant")]
+        return stretches
+
 
 class ChatMLFormat(ChatFormat):
     """For each message: im_start, the role, a new line, the content, im_end, a new line.
@@ -128,11 +155,27 @@ class ChatMLFormat(ChatFormat):
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
         check_dialog(dialog)
         ids: list[int] = []
-        if self.default_system is not None and dialog[0]["role"] != "system":
-            ids += self.encode_message({"role": "system", "content": self.default_system})
-        for message in dialog:
+        for message in [*self._before(dialog), *dialog]:
             ids += self.encode_message(message)
         return ids + self.encode_header({"role": "assistant", "content": ""})
+
+    def encode_turns(self, dialog: Dialog) -> list[Stretch]:
+        check_dialog(dialog)
+        stretches: list[Stretch] = []
+        for message in [*self._before(dialog), *dialog]:
+            if message["role"] == "assistant":  # the content on its own, as it will be generated after the header
+                content = [*self._text(message["content"]), self.tokenizer.special_tokens["<|im_end|>"]]
+                stretches += [Stretch(self.encode_header(message), False), Stretch(content, True)]
+                stretches.append(Stretch(self._text("\n"), False))
+            else:
+                stretches.append(Stretch(self.encode_message(message), False))
+        return stretches
+
+    def _before(self, dialog: Dialog) -> list[Message]:
+        """What is said before a dialog begins."""
+        if self.default_system is None or dialog[0]["role"] == "system":
+            return []
+        return [{"role": "system", "content": self.default_system}]
 
 
 class Llama2Format(ChatFormat):
@@ -145,6 +188,28 @@ class Llama2Format(ChatFormat):
     REFUSAL = "Error: special tags are not allowed as part of the prompt."
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        turns = self._turns(dialog)
+        ids: list[int] = []
+        for user, answer in zip(turns[:-1:2], turns[1::2], strict=True):
+            ids += self.tokenizer.encode(f"{self._asked(user)} {answer.strip()} ", bos=True, eos=True)
+        return ids + self.tokenizer.encode(self._asked(turns[-1]), bos=True, eos=False)
+
+    def encode_turns(self, dialog: Dialog) -> list[Stretch]:
+        check_dialog(dialog)
+        if dialog[-1]["role"] != "assistant":
+            raise InputError("to be learned from, a dialog must end with what the assistant says")
+        turns = [*self._turns(dialog[:-1]), dialog[-1]["content"]]
+        stretches: list[Stretch] = []
+        for user, answer in zip(turns[::2], turns[1::2], strict=True):
+            ids, answer_ids = encode_continued(self.tokenizer, self._asked(user), f" {answer.strip()} ", bos=True)
+            stretches += [Stretch(ids, False), Stretch([*answer_ids, self.tokenizer.eos_id], True)]
+        return stretches
+
+    def _asked(self, user: str) -> str:
+        return f"[INST] {user.strip()} [/INST]"
+
+    def _turns(self, dialog: Dialog) -> list[str]:
+        """What user and assistant say by turns, the system message folded into the first."""
         check_dialog(dialog)
         roles = [message["role"] for message in dialog]
         turns = [message["content"] for message in dialog]
@@ -156,15 +221,24 @@ class Llama2Format(ChatFormat):
                 f"roles {[message['role'] for message in dialog]}: Llama 2 takes an optional system message, then user "
                 f"and assistant by turns, ending with user"
             )
-        ids: list[int] = []
-        for user, answer in zip(turns[:-1:2], turns[1::2], strict=True):
-            turn = f"[INST] {user.strip()} [/INST] {answer.strip()} "
-            ids += self.tokenizer.encode(turn, bos=True, eos=True)
-        return ids + self.tokenizer.encode(f"[INST] {turns[-1].strip()} [/INST]", bos=True, eos=False)
+        return turns
 
     def refusal(self, dialog: Dialog) -> str | None:
         unsafe = any(tag in message["content"] for message in dialog for tag in self.TAGS)
         return self.REFUSAL if unsafe else None
+
+
+def encode_continued(tokenizer: Any, text: str, continuation: str, *, bos: bool) -> tuple[list[int], list[int]]:
+    """The tokens of a text, and those of what follows it.
+
+    The first are those of the text alone, which is what generation starts from. Where they begin the tokens of both
+    together, the second are the rest of those: sentencepiece would put a space of its own before any other text.
+    """
+    ids = tokenizer.encode(text, bos=bos, eos=False)
+    whole = tokenizer.encode(text + continuation, bos=bos, eos=False)
+    if whole[: len(ids)] == ids:
+        return ids, whole[len(ids) :]
+    return ids, tokenizer.encode(continuation, bos=False, eos=False)
 
 
 def check_dialog(dialog: Dialog) -> None:

@@ -153,6 +153,14 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def free_path(folder: str | Path) -> Path:
+    """The absolute path of a folder to write; InputError if one is there already, with something in it, or a file."""
+    target = as_path(folder, "the folder to write").absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} is there already; give the name of a new folder")
+    return target
+
+
 @contextlib.contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
     """A folder to write into, which gets its name, `folder`, only when the block has ended well.
@@ -162,9 +170,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     Raises:
         InputError: there is a folder of that name already, with something in it, or a file.
     """
-    target = as_path(folder, "the folder to write").absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} is there already; give the name of a new folder")
+    target = free_path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.unfinished-{uuid.uuid4().hex[:8]}")
     scratch.mkdir()

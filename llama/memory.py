@@ -129,7 +129,12 @@ def explain_out_of_memory(args: ModelArgs, device: torch.device, dtype: torch.dt
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        words = ("out of memory", "allocate memory", "not enough memory")
-        if isinstance(error, MemoryError) or any(word in str(error) for word in words):
+        if is_out_of_memory(error):
             raise MemoryError(too_large(args, device, dtype)) from error
         raise
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether this is one of the ways in which torch says so."""
+    words = ("out of memory", "allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

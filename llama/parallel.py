@@ -48,6 +48,16 @@ def model_parallel_rank() -> int:
     return groups.get_model_parallel_rank() if groups.model_parallel_is_initialized() else 0
 
 
+def data_parallel_size() -> int:
+    """How many copies of the model there are, where there are more processes than share one."""
+    return groups.get_data_parallel_world_size() if groups.model_parallel_is_initialized() else 1
+
+
+def data_parallel_rank() -> int:
+    """Which copy of the model has this process's part, from 0."""
+    return groups.get_data_parallel_rank() if groups.model_parallel_is_initialized() else 0
+
+
 def local_kv_heads(n_kv_heads: int) -> int:
     """How many kv heads this process holds."""
     return max(n_kv_heads // model_parallel_size(), 1)
@@ -153,6 +163,20 @@ def same_on_all_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def sum_over_parts(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum, in place, over the processes that share a copy of the model."""
+    if model_parallel_size() > 1:
+        dist.all_reduce(tensor, group=groups.get_model_parallel_group())
+    return tensor
+
+
+def sum_over_copies(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum, in place, over the processes that hold the same part of each copy of the model."""
+    if data_parallel_size() > 1:
+        dist.all_reduce(tensor, group=groups.get_data_parallel_group())
+    return tensor
+
+
 def gather(tensor: torch.Tensor) -> list[torch.Tensor]:
     """On the first model-parallel process, what each gives, in order; on the others, nothing. Shapes are alike."""
     group = groups.get_model_parallel_group()
@@ -187,6 +211,19 @@ def told_by_the_first() -> Callable[[Value], Value]:
         return told[0]
 
     return tell
+
+
+def on_first_rank(action: Callable[[], None]) -> None:
+    """Do something on the first process of all, when every process has come here; what it raises is raised on all."""
+    if dist.is_initialized():
+        dist.barrier()
+    failure: BaseException | None = None
+    if first_rank():
+        try:
+            action()
+        except BaseException as error:
+            failure = error
+    raise_together(failure)
 
 
 class ColumnParallelLinear(Linear):

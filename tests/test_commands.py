@@ -14,7 +14,7 @@ from llama import Llama
 from llama.commands.info import info
 from llama.default_model import default_checkpoint
 
-COMMANDS = ("chat", "complete", "inspect", "info", "convert", "bench")
+COMMANDS = ("chat", "complete", "inspect", "info", "convert", "finetune", "bench")
 
 
 def llama_command(*words, stdin="", **environment) -> subprocess.CompletedProcess:
