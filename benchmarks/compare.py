@@ -234,6 +234,8 @@ def main(
     for what, words, possible in zip(("models", "dtypes", "peers"), listed, known, strict=True):
         if not set(words) <= set(possible):
             raise InputError(f"{what}={','.join(map(str, words))} must be some of {','.join(possible)}")
+    if listed[0] == ["1b"] and "bfloat16" not in listed[1]:
+        raise InputError(f"dtypes={','.join(listed[1])} must have bfloat16, in which 1b is measured")
     if listed[2][0] != "ours":
         raise InputError(f"peers={','.join(listed[2])} must begin with ours, which the others are compared with")
     for name, value, least in (("rounds", rounds, 1), ("threads", threads, 0)):

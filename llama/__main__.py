@@ -11,14 +11,15 @@ from llama.commands.inspect import inspect
 from llama.convert import convert
 from llama.finetune import finetune
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"  # of a clone; they aren't installed
+ROOT = Path(__file__).parent.parent  # a clone's; what is installed has no benchmarks
 
 
 def main() -> None:
     commands: dict[str, Command] = {"chat": chat, "complete": complete, "inspect": inspect}
     commands |= {"info": info, "convert": convert, "finetune": finetune}
-    if (BENCHMARKS / "compare.py").is_file():
-        sys.path.insert(0, str(BENCHMARKS))
+    in_clone = all((ROOT / file).is_file() for file in ("pyproject.toml", "benchmarks/compare.py"))
+    if in_clone and sys.argv[1:2] not in [[name] for name in commands]:
+        sys.path.append(str(ROOT / "benchmarks"))
         from compare import main as bench
 
         commands["bench"] = bench

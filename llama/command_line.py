@@ -11,18 +11,18 @@ import re
 import secrets
 import sys
 import traceback
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
 
 import fire
 import torch
 from fire import core, decorators, helptext, trace
 
+from llama.checkpoint import open_checkpoint
+from llama.commands.terminal import visible
 from llama.default_model import default_checkpoint
 from llama.errors import DownloadError, InputError
 from llama.generation import Llama
-
-Text = Annotated[str, "as it was typed"]  # of a parameter; others are read as Python reads them: 1, True, [2, 3]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -43,21 +43,28 @@ def dtype_named(name: str | None) -> torch.dtype | None:
     return None if name is None else DTYPES[name]
 
 
+CONTEXT = 4096  # tokens, where nothing is said of it
+
+
 def build(
-    ckpt_dir: str | None, tokenizer_path: str | None, max_seq_len: int, dtype: str | None, seed: int | None
+    ckpt_dir: str | None, tokenizer_path: str | None, max_seq_len: int | None, dtype: str | None, seed: int | None
 ) -> Llama:
     """`Llama.build` for one row, with what a command line says.
 
     Args:
         ckpt_dir: None for the default model.
+        max_seq_len: None for `CONTEXT`, or less if the model was made for less.
         dtype: by name.
         seed: None for another one each time.
     """
     chosen = dtype_named(dtype)
     if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**64):
         raise InputError(f"seed={seed!r} must be a whole number of at least 0, and below 2**64")
+    checkpoint = open_checkpoint(default_checkpoint() if ckpt_dir is None else ckpt_dir)
+    if max_seq_len is None:
+        max_seq_len = min(CONTEXT, checkpoint.settings.params.get("max_position_embeddings") or CONTEXT)
     return Llama.build(
-        default_checkpoint() if ckpt_dir is None else ckpt_dir,
+        checkpoint,
         tokenizer_path,
         max_seq_len,
         max_batch_size=1,
@@ -66,13 +73,21 @@ def build(
     )
 
 
+class _Visible(logging.Formatter):
+    """Messages may hold names that come from files: none of them steers the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 def run(component: Command | Mapping[str, Command], name: str | None = None, words: list[str] | None = None) -> None:
     """Call a function with the words of the command line; its signature and docstring make the options and `--help`.
 
     Unlike `fire.Fire`, this refuses an unknown option before the function begins its work, not after. What goes wrong
     ends the program with one line on standard error, and exit code 1, or 2 if the words of the command line are wrong;
-    with `--debug` there is a traceback, too. Log messages go to standard error. A parameter that is named after a word
-    of Python's, such as `from_`, is given without the underscore.
+    with `--debug` there is a traceback, too. Log messages go to standard error. The value of a parameter that may be a
+    `str` is what was typed; others are read as Python reads them. A parameter that is named after a word of Python's,
+    such as `from_`, is given without the underscore.
 
     Args:
         component: a function, or functions by the names of their commands.
@@ -92,7 +107,12 @@ def run(component: Command | Mapping[str, Command], name: str | None = None, wor
             wrong(f"{words[0]} comes after a command of {name}", words[0], component)
         print(help_text(component, name))
         return
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # what an encoding lacks is no reason to end
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Visible("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     call = parse(component, name, words)
     try:
         call._make()
@@ -106,7 +126,7 @@ def run(component: Command | Mapping[str, Command], name: str | None = None, wor
             traceback.print_exc()
         ours = isinstance(error, InputError | DownloadError | MemoryError | OSError | ArithmeticError)
         kind = "" if ours else f"{type(error).__name__}: "
-        sys.exit(f"error: {kind}{error}" + ("" if ours or debug else " (--debug shows where)"))
+        sys.exit(visible(f"error: {kind}{error}") + ("" if ours or debug else " (--debug shows where)"))
 
 
 def parse(function: Command, name: str, words: list[str]) -> _Call:
@@ -121,9 +141,9 @@ def parse(function: Command, name: str, words: list[str]) -> _Call:
     def prepare(*args: Any, **options: Any) -> _Call:
         return _Call(functools.partial(function, *args, **options))
 
-    typed = [key for key, parameter in parameters.items() if "as it was typed" in str(parameter.annotation)]
-    if typed:
-        decorators.SetParseFn(str, *typed)(prepare)
+    kinds = {key: str(parameter.annotation) for key, parameter in parameters.items()}
+    words = [*spell_out(name, words, kinds)]
+    decorators.SetParseFn(str, *(key for key, kind in kinds.items() if "str" in kind))(prepare)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -138,6 +158,22 @@ def parse(function: Command, name: str, words: list[str]) -> _Call:
             wrong(f"{name}: {problem}", "", parameters)
         wrong(f"{name} has no use for {word!r}", word, [f"--{key.rstrip('_')}" for key in parameters])
     return call
+
+
+def spell_out(name: str, words: list[str], kinds: Mapping[str, str]) -> Iterator[str]:
+    """A command line on which every option has its value, since fire takes the next word for it, or True.
+
+    Args:
+        kinds: the types of the options, by name.
+    """
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
+        option = word.removeprefix("--") if word.startswith("--") else ""
+        if "bool" in kinds.get(option, "") and following.lower() not in ("true", "false"):
+            yield f"{word}=True"
+        elif option in kinds and "bool" not in kinds[option] and following.startswith("--"):
+            wrong(f"{name}: --{option.rstrip('_')} needs a value", "", ())
+        else:
+            yield word
 
 
 def wrong(message: str, word: str, known: Any) -> NoReturn:

@@ -147,7 +147,7 @@ class Decoder:
             self.held = held
             start_pos = self.next_positions(start_pos)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # a logits_processor may switch gradients on again, which it couldn't in inference mode
     def _choose(
         self,
         texts: list[list[int]],
@@ -180,7 +180,6 @@ class Decoder:
         tokens = torch.tensor(padded, dtype=torch.long, device=self._device)
         width = longest - start
         ends = [row * width + len(prompt) - 1 - start for row, prompt in enumerate(prompts)]
-        last = torch.tensor(ends, dtype=torch.long, device=self._device)  # of each row, in all of `tokens`
         head: Head = torch.Tensor.float
         if self._ours:
             if min(map(len, prompts)) < longest:  # then the shorter rows' slots there are masked, not written
@@ -189,11 +188,14 @@ class Decoder:
         else:
             hidden = self.model.forward(tokens, start)  # the logits themselves
         self.held = [list(prompt) for prompt in prompts]
+        # Of each row, in all of `tokens`; where the network has put what it computed.
+        last = torch.tensor(ends, dtype=torch.long, device=hidden.device)
         logits = head(hidden.flatten(0, 1).index_select(0, last))  # (batch, vocab_size)
         scores = []
         if score:
             block = max(1, LOGITS_AT_ONCE // logits.shape[-1])
-            scores = [self._score(prompt, tokens[row], hidden[row], head, block) for row, prompt in enumerate(prompts)]
+            ids = tokens.to(hidden.device)
+            scores = [self._score(prompt, ids[row], hidden[row], head, block) for row, prompt in enumerate(prompts)]
         return logits, scores
 
     def _score(self, prompt: list[int], ids: torch.Tensor, hidden: torch.Tensor, head: Head, block: int) -> list[float]:

@@ -132,9 +132,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def writable_file(path: str | Path, what: str) -> Path:
     """`path` as a Path, if a file can get this name; raises what `require_path` does for its folder."""
-    file = as_path(path, what).absolute()
+    file = as_path(path, what).resolve()  # not the link to it
     require_path(file.parent, f"the folder of {what}")
-    if file.is_dir() or not file.parent.is_dir():
+    if not file.parent.is_dir() or (file.exists() and not file.is_file()):
         raise InputError(f"{what}={str(path)!r} must be the name of a file in a folder")
     return file
 

@@ -20,7 +20,7 @@ from typing_extensions import Unpack
 from llama import parallel
 from llama.answer import Piece
 from llama.chat import ChatFormat, Dialog, Message, Role
-from llama.checkpoint import check_tensors, load_model, open_checkpoint
+from llama.checkpoint import Checkpoint, check_tensors, load_model, open_checkpoint
 from llama.checks import check_prompts
 from llama.decoding import Decoder
 from llama.errors import InputError
@@ -97,7 +97,7 @@ class Llama:
 
     @staticmethod
     def build(
-        ckpt_dir: str | Path,
+        ckpt_dir: str | Path | Checkpoint,
         tokenizer_path: str | Path | None,
         max_seq_len: int,
         max_batch_size: int,
@@ -114,7 +114,7 @@ class Llama:
         0 standard output is silent (`llama.parallel.restore_stdout` undoes that).
 
         Args:
-            ckpt_dir: a folder in Meta's layout or Hugging Face's, or a GGUF file.
+            ckpt_dir: a folder in Meta's layout or Hugging Face's, or a GGUF file; or an open checkpoint.
             tokenizer_path: the tokenizer's file; None for the one that comes with the checkpoint.
             max_seq_len: room for this many tokens a row, prompt and answer together.
             max_batch_size: room for this many rows.

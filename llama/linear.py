@@ -32,12 +32,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Returns:
         (..., out_features)
     """
-    if x.dtype != torch.float32 or not x.is_cpu:
+    if x.dtype != torch.float32 or not x.is_cpu or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight)
     rows = x.numel() // x.shape[-1]
     if MKL and 0 < rows <= FEW_ROWS:
         return _sliced(x, weight, rows)
-    if ONEDNN and not torch.is_grad_enabled():  # for which it has no gradient
+    if ONEDNN and torch._C._get_mkldnn_enabled() and not torch.is_grad_enabled():  # for which it has no gradient
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
         return y
     return F.linear(x, weight)
@@ -85,6 +85,7 @@ def native_products(rows: int, weight: torch.Tensor) -> Iterator[None]:
         or rows > NATIVE_ROWS
         or weight.dtype not in (torch.bfloat16, torch.float16)
         or weight.device.type != "cpu"
+        or torch.compiler.is_compiling()
     ):
         yield
         return

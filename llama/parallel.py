@@ -29,6 +29,7 @@ from fairscale.nn.model_parallel.mappings import (
     reduce_from_model_parallel_region,
 )
 from torch import nn
+from torch.nn.modules import module
 
 from llama.errors import InputError
 from llama.linear import Linear, linear
@@ -277,7 +278,7 @@ def together(x: torch.Tensor, *layers: nn.Module) -> Sequence[torch.Tensor]:
     They do where `lay_side_by_side` put them. Fewer, larger products make decoding about a tenth faster on a CPU. With
     gradients, and with layers that someone has changed or watches, each layer makes its own.
     """
-    if torch.is_grad_enabled() or not all(map(_is_plain, layers)):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not all(map(_is_plain, layers)):
         return [layer(x) for layer in layers]
     weights: list[torch.Tensor] = [layer.weight for layer in layers]  # type: ignore[misc]
     first = weights[0]
@@ -299,7 +300,8 @@ def lay_side_by_side(weights: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
 def _is_plain(layer: nn.Module) -> bool:
     """Whether what the layer does is the product with its weight, and nobody looks on."""
     ours = type(layer) is ColumnParallelLinear or type(layer) is KVHeadParallelLinear
-    return ours and not (layer._forward_hooks or layer._forward_pre_hooks)
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or module._global_forward_hooks
+    return ours and not (hooks or module._global_forward_pre_hooks or "forward" in layer.__dict__)
 
 
 class _SumGradientOfHead(torch.autograd.Function):

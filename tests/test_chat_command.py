@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import termios
 import time
 
 import pexpect
@@ -15,6 +17,7 @@ from conftest import ROOT, run_python, tiny_model, write_llama2_tokenizer, write
 from llama import Llama, Tokenizer
 from llama.commands.terminal import visible
 
+QUICK = ("--temperature", 0, "--max_gen_len", 4, "--ckpt_dir")
 PROMPT = r"\x1b\[\?2004h.*?>"  # the terminal may paste, and the sign to type at
 ALONE = [sys.executable, "-m", "llama"]
 UNDER_TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "llama"]
@@ -57,6 +60,12 @@ class Terminal:
         self.process.send(keys + "\r")
         return self.ready()
 
+    def begin(self, message: str) -> None:
+        """Ask, and wait for the first of the answer."""
+        self.process.send(message + "\r")
+        self.process.expect(r"\x1b\[\?2004l")  # the line is read
+        self.process.expect(r"\S")
+
     def leave(self, keys: str = "/quit\r") -> int:
         self.process.send(keys)
         self.process.expect(pexpect.EOF)
@@ -82,10 +91,14 @@ def test_a_conversation(talker, tmp_path, command):
     assert "/system TEXT" in terminal.type("/help")
 
     # An answer that would take many seconds is stopped, and what came of it stays.
-    terminal.process.send("the user\r")
-    time.sleep(1)
+    # What is typed meanwhile, arrow keys and a pasted text among it, waits for the next line.
+    terminal.begin("the user")
+    terminal.process.send("\x1b[A/st\x1b[200~ats\x1b[201~")
+    time.sleep(0.2)
     terminal.process.send("\x03")
     assert "(stopped)" in terminal.ready()
+    terminal.process.send("\x03")
+    terminal.ready()
     stats = terminal.type("/stats")
     assert 0 < int(re.search(r"context: (\d+) of 8000 tokens", stats)[1]) < 7900
     assert float(re.search(r"([\d.]+) tokens/s", stats)[1]) > 0
@@ -175,10 +188,61 @@ def test_a_model_that_refuses(tmp_path):
     saved = tmp_path / "saved.json"
     saved.write_text(json.dumps([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]))
     options = ["--ckpt_dir", folder, "--max_gen_len", "4", "--max_seq_len", "96", "--system", "be kind"]
-    shown = chat_with([f"/load {saved}", "[INST]", "/stats"], *options)
+    shown = chat_with([f"/load {saved}", "[INST]", "the user"], *options)
     assert shown.returncode == 0, shown.stderr
     assert "Llama 2 takes an optional system message" in shown.stderr
-    assert "special tags are not allowed" in shown.stdout
+    assert "error: Error: special tags are not allowed as part of the prompt. The message is not kept" in shown.stderr
+    assert "(no answer" not in shown.stderr
+    assert len(shown.stdout.strip()) > 0  # what is said then is answered
+
+
+def test_keys_during_an_answer_wait_for_the_next_line(talker):
+    terminal = Terminal(ALONE, "--ckpt_dir", talker, "--temperature", 0, "--max_gen_len", 1500, "--dtype", "float32")
+    terminal.begin("the user")
+    terminal.process.send("\x1b[A/sta\x1bOB\x1b[200~ts\x1b[201~")
+    terminal.ready()
+    assert "last answer: 1500 tokens" in terminal.type("")
+
+
+@pytest.mark.parametrize("answering", [False, True])
+def test_the_terminal_is_as_before_when_the_program_is_ended(talker, answering):
+    terminal = Terminal(ALONE, "--ckpt_dir", talker, "--temperature", 0, "--max_seq_len", 8000)
+    before = termios.tcgetattr(os.openpty()[1])
+    if answering:
+        terminal.begin("the user")
+    terminal.process.kill(signal.SIGTERM)
+    terminal.process.expect(pexpect.EOF)
+    after = termios.tcgetattr(terminal.process.child_fd)
+    wanted = termios.ECHO | termios.ICANON | termios.ISIG
+    assert (after[3] & wanted, after[6][termios.VINTR]) == (before[3] & wanted | wanted, before[6][termios.VINTR])
+
+
+@pytest.mark.parametrize("command", [ALONE, UNDER_TORCHRUN], ids=["alone", "torchrun"])
+def test_nobody_reads_the_answers_any_more(talker, command):
+    words = " ".join([*command, f"chat --ckpt_dir {talker} --temperature 0 --max_gen_len 3000"])
+    shown = subprocess.run(
+        ["bash", "-c", f"yes 'the user' | head -4 | {words} | head -c 5; ended=${{PIPESTATUS[2]}}; echo; echo $ended"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=100,
+    )
+    assert int(shown.stdout.split()[-1]) != 0
+    assert "Broken pipe" not in shown.stderr
+
+
+def test_files_that_are_no_conversations(talker, tmp_path):
+    """Each is refused, and the conversation goes on."""
+    (tmp_path / "surrogate.json").write_text('[{"role": "user", "content": "\\ud800"}]')
+    (tmp_path / "deep.json").write_text("[" * 100000)
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    lines = [f"/load {tmp_path / name}" for name in ("deep.json", "binary.json", "surrogate.json")]
+    shown = chat_with([*lines, f"/save {tmp_path / 'x.json'}", "/reset", "the user", "/stats"], *QUICK, talker)
+    assert shown.returncode == 0
+    assert shown.stderr.count("is no saved conversation") == 2
+    assert "error: 'utf-8' codec can't encode" in shown.stderr
+    assert "last answer: 4 tokens" in shown.stderr
 
 
 def test_what_a_model_says_can_t_steer_the_terminal():

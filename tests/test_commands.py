@@ -14,6 +14,7 @@ from llama import Llama
 from llama.commands.info import info
 from llama.default_model import default_checkpoint
 
+real = pytest.mark.real
 COMMANDS = ("chat", "complete", "inspect", "info", "convert", "finetune", "bench")
 
 
@@ -59,9 +60,12 @@ def test_it_is_installed_as_llama():
             "error: llama complete has no use for '--temprature'; did",
         ),
         (["complete", "hi", "--top_p", "2"], 1, "error: top_p=2 must be between 0 and 1"),
-        (["complete"], 1, "error: prompt 0 is empty: it needs at least one token"),
+        (["complete", "--ckpt_dir", "--top_p", "1"], 2, "error: llama complete: --ckpt_dir needs a value; see --help"),
+        (["complete", "The", "sun"], 2, "error: llama complete has no use for 'sun'; see --help"),
+        pytest.param(["complete"], 1, "error: prompt 0 is empty: it needs at least one token", marks=real),
         (["complete", "hi", "--ckpt_dir", "/nowhere"], 1, "error: ckpt_dir='/nowhere' does not exist"),
-        (["info", "--nproc", "2"], 1, "error: this model can't be split over 2 processes, only over one of [1, 3]"),
+        pytest.param(["info", "--nproc", "2"], 1, "error: this model can't be split over 2 processes", marks=real),
+        (["info", "--max_batch_size", "x"], 1, "error: max_batch_size='x' must be a whole number of at least 1"),
         (["info", "--dtype", "int3"], 1, "error: dtype='int3' must be one of ['float32', 'float16', 'bfloat16']"),
         (["info", "/nowhere"], 1, "error: ckpt_dir='/nowhere' does not exist"),
         (["convert", "/nowhere"], 2, "error: llama convert: The function received no value for the required argument"),
@@ -74,7 +78,8 @@ def test_it_is_installed_as_llama():
 )
 def test_a_mistake_is_one_line(words, code, message):
     shown = llama_command(*words)
-    lines = [line for line in shown.stderr.splitlines() if not line.startswith(("134,515,008 parameters", "loaded"))]
+    told = ("134,515,008 parameters", "loaded", "only")  # the log
+    lines = [line for line in shown.stderr.splitlines() if not line.startswith(told)]
     assert (shown.returncode, len(lines), shown.stdout.strip()) == (code, 1, ""), shown.stderr
     assert lines[0].startswith(message)
 
@@ -109,6 +114,46 @@ def test_complete_as_json(tiny_checkpoint):
         assert len(found["logprobs"]) == 9
         plain = llama_command("complete", *words, "--ckpt_dir", tiny_checkpoint, *GREEDY, stdin=stdin)
         assert plain.stdout == want["generation"] + "\n"
+
+
+def test_words_are_taken_as_they_are_typed(tmp_path, tiny_checkpoint):
+    """A path with a hash or a comma in it, a text after a flag, a number; a model made for a short context."""
+    odd = tmp_path / "1,2#3"
+    odd.mkdir()
+    for file in tiny_checkpoint.iterdir():
+        (odd / file.name).write_bytes(file.read_bytes())
+    params = json.loads((odd / "params.json").read_text())
+    (odd / "params.json").write_text(json.dumps(params | {"max_position_embeddings": 100}))
+    shown = subprocess.run(
+        [sys.executable, "-m", "llama", "complete", "--json", "1984", "--ckpt_dir", "1,2#3", *GREEDY],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout)["prompt"] == "1984"
+    assert "max_seq_len=100" in shown.stderr
+
+
+def test_bytes_that_are_no_text(tiny_checkpoint):
+    command = [sys.executable, "-m", "llama", "complete", "--json", "--ckpt_dir", str(tiny_checkpoint), *GREEDY]
+    shown = subprocess.run(command, input=b"caf\xe9", capture_output=True, cwd=ROOT)
+    assert json.loads(shown.stdout)["prompt"] == "caf\ufffd"
+
+
+def test_names_in_files_can_t_steer_the_terminal(tmp_path, tiny_checkpoint):
+    for file in tiny_checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = torch.load(tmp_path / "consolidated.00.pth")
+    torch.save(weights | {"x\x1b]0;owned\x07": torch.zeros(2)}, tmp_path / "consolidated.00.pth")
+    params = json.loads((tmp_path / "params.json").read_text())
+    (tmp_path / "params.json").write_text(json.dumps(params | {"y\x1b[2J": 1}))
+    shown = llama_command("complete", "the", "--ckpt_dir", tmp_path)
+    assert shown.returncode == 1
+    assert "␛]0;owned␇" in shown.stderr
+    assert "y␛[2J" in shown.stderr
+    assert "\x1b" not in shown.stderr
 
 
 def test_complete_under_torchrun(tiny_checkpoint):
@@ -160,7 +205,7 @@ def test_info_on_every_layout(tmp_path, llama3_path):
         assert found["this machine"].endswith("it fits")
     meta = write_meta_checkpoint(tmp_path / "meta", tiny_model(vocab_size=524), llama3_path, 2)
     found = told(meta, "--nproc", 2, "--max_seq_len", 64)
-    assert (found["layout"], found["chat format"]) == ("Meta, 2 files of weights", "Llama3")
+    assert (found["layout"], found["chat format"]) == ("Meta, 2 files of weights", "Llama 3")
     assert "on each of 2 processes" in found["memory"]
     assert "it does not fit: " in told(meta, "--max_seq_len", 8192, "--max_batch_size", 10**7)["this machine"]
 

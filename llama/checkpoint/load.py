@@ -19,17 +19,19 @@ from llama.parallel import lay_side_by_side, model_parallel_rank, model_parallel
 from llama.progress import progress
 
 
-def open_checkpoint(ckpt_dir: str | Path) -> Checkpoint:
+def open_checkpoint(ckpt_dir: str | Path | Checkpoint) -> Checkpoint:
     """Find out what layout a checkpoint has.
 
     Args:
         ckpt_dir: a folder with `*.pth` files and a `params.json` (Meta's layout); one with `config.json` and
-            `*.safetensors` (Hugging Face's); a `*.gguf` file, or a folder with one.
+            `*.safetensors` (Hugging Face's); a `*.gguf` file, or a folder with one. Or a checkpoint that is open.
 
     Raises:
         MissingFileError: nothing there, or no checkpoint in the folder; the message tells what is.
         CheckpointError: a damaged or hostile file.
     """
+    if isinstance(ckpt_dir, Checkpoint):
+        return ckpt_dir
     path = require_path(ckpt_dir, "ckpt_dir")
     if path.is_file():
         if path.suffix in {".pth", ".safetensors", ".json", ".bin", ".model"}:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama.chat import Dialog, Message, check_dialog
-from llama.command_line import Text, build
+from llama.command_line import build
 from llama.commands.terminal import Keyboard, show, visible
 from llama.errors import InputError
 from llama.files import require_path, writable_file, write_whole
@@ -55,13 +55,14 @@ class Reply(NamedTuple):
 
 def chat(
     ckpt_dir: str | None = None,
+    *,
     tokenizer_path: str | None = None,
-    system: Text | None = None,
+    system: str | None = None,
     temperature: float = 0.6,
     top_p: float = 0.9,
     max_gen_len: int | None = None,
     seed: int | None = None,
-    max_seq_len: int = 4096,
+    max_seq_len: int | None = None,
     dtype: str | None = None,
 ) -> None:
     """Talk with a model. /help lists what can be typed beside messages.
@@ -77,7 +78,8 @@ def chat(
         top_p: draw from the likeliest tokens that together have this probability
         max_gen_len: longest answer, in tokens; by default as long as the context allows
         seed: a number; the same one draws the same tokens again
-        max_seq_len: the context: what is remembered of the conversation, in tokens
+        max_seq_len: the context: what is remembered of the conversation, in tokens; by default 4096, or what the model
+            was made for if that is less
         dtype: float32, float16 or bfloat16; by default bfloat16 where the machine computes in it
     """
     Decoding(1 if max_gen_len is None else max_gen_len, temperature, top_p)  # before the model takes its time to load
@@ -87,7 +89,7 @@ def chat(
     if not first_rank():
         while (turn := tell(None)) is not None:
             try:
-                answer(llama, turn, lambda: tell(False))
+                answer(llama, turn, tell, lambda: False)
             except (InputError, ArithmeticError):
                 continue  # the first process says so
         return
@@ -101,8 +103,11 @@ def chat(
         tell(None)
 
 
-def answer(llama: Llama, turn: Turn, stopped: Callable[[], bool]) -> Reply:
-    """Show a model's answer as it comes, until its end, or until `stopped()`, which is asked after each piece."""
+def answer(llama: Llama, turn: Turn, tell: Callable[[Any], Any], interrupted: Callable[[], bool]) -> Reply:
+    """Show a model's answer as it comes, until its end, or until `interrupted()`, which is asked after each piece.
+
+    Every process stops at the same piece, whatever goes wrong on the first: the next thing they are told is a turn.
+    """
     text, tokens, ended = "", 0, "interrupted"
     begin = time.monotonic()
     stream = llama.chat_completion_stream(
@@ -112,9 +117,16 @@ def answer(llama: Llama, turn: Turn, stopped: Callable[[], bool]) -> Reply:
         for piece in stream:
             text += piece.text
             tokens += piece.token is not None
-            show(piece.text)
             ended = piece.ended or ended
-            if stopped():
+            failure = None
+            try:
+                show(piece.text)
+            except OSError as error:  # nobody reads it any more
+                failure = error
+            stop = tell(failure is not None or interrupted())
+            if failure is not None:
+                raise failure
+            if stop:
                 break
     return Reply(text, tokens, time.monotonic() - begin, ended)
 
@@ -145,10 +157,13 @@ class Conversation:
                 if line.startswith("/") and not line.startswith("//"):
                     if line.strip() == "/quit":
                         return
-                    self.command(line)
+                    try:
+                        self.command(line)
+                    except (ValueError, OSError) as error:  # of files, too
+                        say(f"error: {error}")
                 elif line.strip():
                     self.say_to_model(line[line.startswith("//") :])
-            except (InputError, OSError, ArithmeticError) as error:
+            except (InputError, ArithmeticError) as error:
                 say(f"error: {error}")
 
     def say_to_model(self, message: str) -> None:
@@ -159,7 +174,7 @@ class Conversation:
             turn = self.settings._replace(dialog=self.fit())
             self.tell(turn)
             try:
-                reply = answer(self.llama, turn, lambda: self.tell(self.keyboard.interrupted()))
+                reply = answer(self.llama, turn, self.tell, self.keyboard.interrupted)
             finally:
                 print(flush=True)
         finally:
@@ -181,10 +196,13 @@ class Conversation:
         """The dialog, without as many of its oldest turns as leave no room for an answer.
 
         Raises:
-            InputError: even the last message alone doesn't fit.
+            InputError: even the last message alone doesn't fit, or the chat format refuses the dialog.
         """
         longest = self.llama.model.params.max_seq_len
         room = min(ROOM, longest // 4)
+        refusal = self.llama.formatter.refusal(self.dialog)
+        if refusal is not None:
+            raise InputError(f"{refusal} The message is not kept")
         first = int(self.dialog[0]["role"] == "system")  # which stays
         left_out = self.left_out
         while True:
@@ -192,7 +210,7 @@ class Conversation:
             used = self._length(kept)
             if used + room <= longest or len(kept) <= first + 1:
                 break
-            left_out += 2
+            left_out += min(2, len(kept) - first - 1)
         if used >= longest:
             raise InputError(f"the message makes {used} tokens, and the context has {longest}; it is not kept")
         if left_out > self.left_out:
@@ -205,8 +223,7 @@ class Conversation:
 
     def command(self, line: str) -> None:
         """Do what a line that begins with a slash says."""
-        name, _, rest = line.strip().partition(" ")
-        rest = rest.strip()
+        name, rest = [*line.strip().split(None, 1), ""][:2]
         if name == "/help":
             say(HELP)
         elif name == "/reset":
@@ -251,7 +268,7 @@ class Conversation:
         path = require_path(name, "the file to load").absolute()
         try:
             dialog = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is no saved conversation: {error}") from None
         if dialog != []:
             check_dialog(dialog)

@@ -3,22 +3,23 @@
 import json as json_format
 from typing import Any
 
-from llama.command_line import Text, build
+from llama.command_line import build
 from llama.commands.terminal import show, text_given
 from llama.options import Decoding
 
 
 def complete(
-    text: Text | None = None,
+    text: str | None = None,
+    *,
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     max_gen_len: int = 256,
     temperature: float = 0.6,
     top_p: float = 0.9,
     top_k: int | None = None,
-    stop: Text | None = None,
+    stop: str | None = None,
     seed: int | None = None,
-    max_seq_len: int = 4096,
+    max_seq_len: int | None = None,
     dtype: str | None = None,
     json: bool = False,
 ) -> None:
@@ -28,7 +29,7 @@ def complete(
     SmolLM2-135M-Instruct, which is fetched once.
 
     Args:
-        text: the text, in quotes; without it, standard input is read
+        text: the text, in quotes (one that begins with dashes after --text=); without it, standard input is read
         ckpt_dir: a checkpoint: a folder in Meta's or Hugging Face's layout, or a GGUF file
         tokenizer_path: the tokenizer's file, where it isn't with the checkpoint
         max_gen_len: most tokens to add
@@ -37,7 +38,8 @@ def complete(
         top_k: draw from this many of the likeliest tokens
         stop: a text to stop before
         seed: a number; the same one draws the same tokens again
-        max_seq_len: room for text and continuation, in tokens
+        max_seq_len: room for text and continuation, in tokens; by default 4096, or what the model was made for if that
+            is less
         dtype: float32, float16 or bfloat16; by default bfloat16 where the machine computes in it
         json: print one JSON object instead, with prompt, generation, tokens and logprobs
     """

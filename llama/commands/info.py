@@ -4,20 +4,23 @@ from pathlib import Path
 
 import torch
 
-from llama.chat import ChatFormat
+from llama.chat import ChatFormat, ChatMLFormat, Llama2Format, Llama3Format
 from llama.checkpoint import Settings, open_checkpoint, read_settings
 from llama.command_line import DTYPES, dtype_named
 from llama.default_model import default_checkpoint
 from llama.errors import InputError, MissingFileError
 from llama.files import require_path
 from llama.memory import LLAMA2_WORDS, default_dtype, footprint, free_host_memory
+from llama.options import check_count
 from llama.tokenizer import Tokenizer
 
 LLAMA3_WORDS = 128256
+FORMATS = {Llama2Format: "Llama 2", Llama3Format: "Llama 3", ChatMLFormat: "ChatML"}
 
 
 def info(
     ckpt_dir: str | None = None,
+    *,
     tokenizer_path: str | None = None,
     nproc: int = 1,
     max_seq_len: int = 2048,
@@ -40,8 +43,8 @@ def info(
     path = require_path(default_checkpoint() if ckpt_dir is None else ckpt_dir, "ckpt_dir")
     if path.name in ("params.json", "config.json"):
         path = path.parent
-    if not isinstance(nproc, int) or nproc < 1:
-        raise InputError(f"nproc={nproc!r} must be a whole number of at least 1")
+    for name, count in (("nproc", nproc), ("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
+        check_count(name, count, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = dtype_named(dtype) or default_dtype(device)
     settings = read_settings(path)
@@ -51,11 +54,11 @@ def info(
     tokenizer = find_tokenizer(path, tokenizer_path)
     lines = {"checkpoint": str(path), "layout": layout(path)} | model(settings)
     lines |= {"parameters": f"{sizes.parameters:,}"} | text(tokenizer)
-    name = next(name for name, known in DTYPES.items() if known == chosen)
+    dtype = next(name for name, known in DTYPES.items() if known == chosen)
     total = sizes.weight_bytes + sizes.cache_bytes
     lines |= {
         "": "",
-        "memory": f"{name}, max_seq_len={max_seq_len}, max_batch_size={max_batch_size}"
+        "memory": f"{dtype}, max_seq_len={max_seq_len}, max_batch_size={max_batch_size}"
         + (f", on each of {nproc} processes" if nproc > 1 else ""),
         "  weights": in_bytes(sizes.weight_bytes),
         "  KV cache": in_bytes(sizes.cache_bytes),
@@ -111,7 +114,7 @@ def text(tokenizer: Tokenizer | None) -> dict[str, str]:
         return {"tokenizer": "none there", "chat format": "unknown without a tokenizer"}
     kind = "sentencepiece" if tokenizer.vocabulary is None else "byte-level BPE"
     try:
-        chat = type(ChatFormat(tokenizer)).__name__.removesuffix("Format")
+        chat = FORMATS[type(ChatFormat(tokenizer))]
     except InputError:
         chat = "none that is known"
     return {"tokenizer": f"{kind}, {tokenizer.n_words:,} words", "chat format": chat}

@@ -1,14 +1,12 @@
 """`llama inspect`: how sure a model was of a text, token by token."""
 
-import io
-import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Styled
 
-from llama.command_line import Text, build
+from llama.command_line import build
 from llama.commands.page import page
 from llama.commands.shown import LEGEND, figures, level, percent, readable, settings
 from llama.commands.terminal import text_given
@@ -32,7 +30,8 @@ WIDEST = 15  # cells of a token's text in a table
 
 
 def inspect(
-    text: Text | None = None,
+    text: str | None = None,
+    *,
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     max_gen_len: int = 0,
@@ -40,7 +39,7 @@ def inspect(
     top_p: float = 0.9,
     top_k: int | None = None,
     seed: int | None = None,
-    max_seq_len: int = 4096,
+    max_seq_len: int | None = None,
     dtype: str | None = None,
     alternatives: int = 5,
     html: str | None = None,
@@ -58,7 +57,8 @@ def inspect(
         top_p: draw from the likeliest tokens that together have this probability
         top_k: draw from this many of the likeliest tokens
         seed: a number; the same one draws the same tokens again
-        max_seq_len: room for text and continuation, in tokens
+        max_seq_len: room for text and continuation, in tokens; by default 4096, or what the model was made for if that
+            is less
         dtype: float32, float16 or bfloat16; by default bfloat16 where the machine computes in it
         alternatives: how many of the likeliest tokens to show at each place
         html: write a page that shows it all to this file, and not to the terminal
@@ -78,8 +78,6 @@ def inspect(
         llama, ids + new, len(new), alternatives=alternatives, temperature=temperature, top_p=top_p, top_k=top_k
     )
     if file is None:
-        if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks, stands there as an escape
-            sys.stdout.reconfigure(errors="backslashreplace")
         show(found, Console(highlight=False))
     elif first_rank():
         write_whole(file, page(found, Path(checkpoint).resolve().name))

@@ -1,8 +1,9 @@
 """What the commands share of the terminal: reading a text, a person's lines, and Ctrl-C; and showing text safely."""
 
-import codecs
 import os
+import re
 import select
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,8 @@ try:
 except ImportError:  # Windows: Ctrl-C is an exception there
     termios = None  # type: ignore[assignment]
 
-CTRL_C = "\x03"
+CTRL_C = b"\x03"
+KEYS = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|O.|.)?")  # that write nothing, such as arrows; and what comes with a paste
 
 
 def visible(text: str) -> str:
@@ -52,13 +54,12 @@ class Keyboard:
     """A person's lines, and whether they have pressed Ctrl-C since; or the lines of a pipe or file.
 
     While it is open on a terminal, Ctrl-C is a key like others and no signal, since a signal would end torchrun, and
-    every process with it.
+    every process with it. However the program is told to end, the terminal gets back what it had.
     """
 
     def __init__(self) -> None:
         self._terminal = sys.stdin is not None and sys.stdin.isatty()
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._typed = ""  # during an answer, for the next line
+        self._typed = b""  # during an answer, for the next line
         self._read: Callable[[str], str] = self._read_pipe
         self._before: list[Any] | None = None
         if self._terminal:
@@ -67,8 +68,11 @@ class Keyboard:
     def __enter__(self) -> "Keyboard":
         if self._terminal and termios is not None:
             self._before = termios.tcgetattr(sys.stdin)
+            for number in (signal.SIGTERM, signal.SIGHUP):  # torchrun's, when another process has died
+                signal.signal(number, lambda number, _: sys.exit(128 + number))
             keys = termios.tcgetattr(sys.stdin)
-            keys[3] &= ~(termios.ISIG | termios.ECHO | termios.ICANON)
+            keys[3] &= ~(termios.ECHO | termios.ICANON)
+            keys[6][termios.VINTR] = b"\0"
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, keys)
         return self
 
@@ -83,19 +87,20 @@ class Keyboard:
             EOFError: Ctrl-D, or the end of the file.
             KeyboardInterrupt: Ctrl-C.
         """
-        typed, self._typed = self._typed, ""
-        return self._read(typed)
+        typed, self._typed = KEYS.sub("", self._typed.decode("utf-8", "replace")), b""
+        line = self._read("".join(character for character in typed if character.isprintable()))
+        return line.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # bytes that are no text
 
     def interrupted(self) -> bool:
         """Whether Ctrl-C was pressed since the last line. Other keys are kept for the next one."""
         while self._before is not None and select.select([sys.stdin], [], [], 0)[0]:
-            typed = self._decoder.decode(os.read(sys.stdin.fileno(), 1024))
+            typed = os.read(sys.stdin.fileno(), 1024)
             if not typed:  # the terminal is gone
                 return True
             if CTRL_C in typed:
-                self._typed = ""
+                self._typed = b""
                 return True
-            self._typed += "".join(character for character in typed if character.isprintable())
+            self._typed += typed
         return False
 
     def _read_pipe(self, _typed: str) -> str:
@@ -113,6 +118,7 @@ def line_editor() -> Callable[[str], str]:
     """
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+    from prompt_toolkit.output import create_output
 
     keys = KeyBindings()
 
@@ -129,5 +135,11 @@ def line_editor() -> Callable[[str], str]:
     def _new_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    session: PromptSession[str] = PromptSession("> ", multiline=True, prompt_continuation="… ", key_bindings=keys)
+    session: PromptSession[str] = PromptSession(
+        "> ",
+        multiline=True,
+        prompt_continuation="… ",
+        key_bindings=keys,
+        output=create_output(always_prefer_tty=True),  # not into a pipe
+    )
     return lambda typed: session.prompt(default=typed)

@@ -9,7 +9,7 @@ import torch
 from llama import parallel
 from llama.chat import ChatFormat
 from llama.checkpoint import check_tensors, load_model, open_checkpoint
-from llama.command_line import Text, dtype_named
+from llama.command_line import dtype_named
 from llama.default_model import default_checkpoint
 from llama.errors import InputError
 from llama.finetune.data import read_examples, split_off
@@ -23,10 +23,10 @@ logger = logging.getLogger("llama")
 
 
 def finetune(
-    data: Text,
-    out_dir: Text,
-    ckpt_dir: Text | None = None,
-    tokenizer_path: Text | None = None,
+    data: str,
+    out_dir: str,
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
     format: str = "chat",
     train: str = "all",
     lr: float | None = None,
