@@ -27,7 +27,7 @@ def test_four_facts_about_an_invented_island(tmp_path):
     pairs = [json.loads(line) for line in lines]
 
     def answers(ckpt_dir, questions):
-        llama = Llama.build(ckpt_dir, None, 128, 16, device="cpu", dtype=torch.float32)
+        llama = Llama.build(ckpt_dir, None, 128, 19, device="cpu", dtype=torch.float32)
         dialogs = [[{"role": "user", "content": question}] for question in questions]
         found = llama.chat_completion(dialogs, temperature=0, max_gen_len=32)
         return [answer["generation"]["content"] for answer in found]
