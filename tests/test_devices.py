@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from conftest import ScriptedTokenizer, tiny_args, tiny_model
+from conftest import ScriptedModel, ScriptedTokenizer, tiny_args, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
@@ -140,6 +140,20 @@ def test_the_other_ways_to_decode_mix_no_devices(options):
         for _ in range(2):
             tokens, _ = llama.generate([[5, 6, 7], [8, 9]], 4, logprobs=True, **options)
             assert tokens == [[7] * 4] * (2 * options.get("num_return_sequences", 1))
+
+
+def test_a_model_that_computes_elsewhere_than_it_seems():
+    """A model of somebody's own has no parameters, or has them on several devices: its logits say where to go on."""
+
+    class Elsewhere(ScriptedModel):
+        def forward(self, tokens, start_pos):
+            return torch.zeros(*tokens.shape, self.vocab_size, device="cuda")
+
+    with fake_cuda(), KnownValues():
+        llama = Llama(Elsewhere(), ScriptedTokenizer())
+        tokens, scores = llama.generate([[5, 6, 7], [4, 4]], 3, 0.6, logprobs=True, echo=True)
+        assert tokens == [[5, 6, 7, 7, 7, 7], [4, 4, 7, 7, 7]]
+        assert scores[1] == [0.0] + [-1.5] * 4
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from llama.commands.inspect import label, show
 from llama.commands.page import STYLE, page
 from llama.commands.shown import level, percent, readable, settings
 from llama.errors import InputError
-from llama.files import write_whole
+from llama.files import writable_file, write_whole
 from llama.inspection import inspect_tokens, totals
 
 HOSTILE = '<script>alert(1)</script><img src="http://127.0.0.1:9/x.png"> [bold]x[/bold] \x1b[31m\x1b]0;y\x07 \u202e'
@@ -340,6 +340,15 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path):
     write_whole(file, "after")
     assert file.read_text() == "after"
     assert os.listdir(tmp_path) == ["page.html"]
+    link = tmp_path / "link.html"
+    link.symlink_to(file)
+    write_whole(writable_file(link, "html"), "through the link")
+    assert file.read_text() == "through the link"
+    assert link.is_symlink()
+    os.mkfifo(tmp_path / "fifo")
+    for name in (tmp_path / "fifo", "/dev/null", tmp_path):
+        with pytest.raises(InputError, match="must be the name of a file in a folder"):
+            writable_file(name, "html")
 
 
 # The page

@@ -35,8 +35,13 @@ def test_every_number_of_rows(dtype, out_features, leading, gradients):
 def test_input_and_weight_that_are_views():
     x, weight = torch.randn(24, 3).t(), torch.randn(24, 48).t()
     torch.testing.assert_close(linear(x, weight), x @ weight.t())
-    wide = torch.randn(2, 1, 50)[..., 10:34]
-    torch.testing.assert_close(linear(wide, weight), wide @ weight.t())
+    for rows in (2, 40):
+        wide = torch.randn(rows, 1, 50)[..., 10:34]
+        with torch.no_grad():
+            torch.testing.assert_close(linear(wide, weight), wide @ weight.t())
+            one = wide[:1]
+            want = (one @ weight.t()).expand(rows, -1, -1)
+            torch.testing.assert_close(linear(one.expand(rows, -1, -1), weight), want)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 40])
@@ -152,6 +157,38 @@ def test_layers_that_are_changed_or_watched_make_their_own_products():
     inputs = x.sum(dim=(0, 1))
     for times, layer in enumerate((attention.wq, attention.wk, attention.wv), 1):
         torch.testing.assert_close(layer.weight.grad, (times * inputs).expand_as(layer.weight))
+
+
+def test_a_forward_of_the_caller_s_own_is_called(monkeypatch):
+    model = side_by_side(tiny_model())
+    attention, x = model.layers[0].attention, torch.randn(1, 2, model.params.dim)
+    with torch.no_grad():
+        want = together(x, attention.wq, attention.wk)
+        plain = attention.wk.forward
+        monkeypatch.setattr(attention.wk, "forward", lambda x: 2 * plain(x))
+        torch.testing.assert_close(together(x, attention.wq, attention.wk)[1], 2 * want[1])
+        seen = []
+        hook = nn.modules.module.register_module_forward_hook(lambda layer, inputs, output: seen.append(layer))
+        together(x, attention.wq, attention.wv)
+        hook.remove()
+        assert seen == [attention.wq, attention.wv]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_the_network_compiles_without_a_break(dtype, gradients):
+    model = side_by_side(tiny_model()).to(dtype)
+    tokens = torch.randint(320, (1, 2))
+    with torch.set_grad_enabled(gradients):
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-3, atol=TOLERANCE[dtype])
+
+
+@torch.no_grad()
+def test_autocast():
+    x, weight = torch.randn(6, 24), torch.randn(48, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert [linear(x[:rows], weight).dtype for rows in (1, 6)] == [torch.bfloat16] * 2
 
 
 def test_weights_that_loading_makes_lie_side_by_side(tmp_path):

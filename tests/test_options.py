@@ -141,6 +141,21 @@ def test_order_in_predictions(llama):
 # logits_processor
 
 
+def test_a_logits_processor_may_use_gradients(llama):
+    """And keep what it was given."""
+    kept = []
+
+    def climb(tokens, logits):
+        kept.append(logits)
+        with torch.enable_grad():
+            x = logits.clone().requires_grad_()
+            (x[:, 300] * 1e6 - x.logsumexp(dim=-1)).sum().backward()
+        return logits + x.grad
+
+    assert llama.generate([[5, 6]], 4, 0, logits_processor=climb)[0] == [[300] * 4]
+    assert (kept[0].requires_grad_() * 2).requires_grad
+
+
 def test_a_logits_processor_sees_and_changes_everything(llama):
     seen = []
 
