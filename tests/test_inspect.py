@@ -295,7 +295,7 @@ def test_help(script):
         (["x", "--alternatives", "0"], "error: alternatives=0 must be a whole number of at least 1", 1),
         (["x", "--html", "/nowhere/page.html"], "error: the folder of html='/nowhere' does not exist; / holds ", 1),
         (["x", "--html", "/"], "error: html='/' must be the name of a file in a folder", 1),
-        (["x", "--html"], "error: html=True is no path; give the path of a folder or file", 1),
+        (["x", "--html"], "error: llama inspect: --html needs a value; see --help", 2),
         (["x", "--ckpt_dir", "/nowhere"], "error: ckpt_dir='/nowhere' does not exist; / holds ", 1),
     ],
 )
