@@ -333,7 +333,7 @@ def test_the_command(tmp_path, tiny_checkpoint):
         (["--from", "FOLDER", "--to", "x", "--dtype", "int4"], "error: dtype='int4' must be one of"),
         (["--from", "FOLDER", "--to", "x", "--sharts", "2"], "--sharts"),
         (["--from", "FOLDER"], "to"),
-        (["--from", "FOLDER", "--to", "2024"], "error: the folder to write=2024 is no path"),
+        (["--from", "FOLDER", "--to"], "error: convert.py: --to needs a value; see --help"),
     ],
 )
 def test_mistakes(tmp_path, tiny_checkpoint, words, message):
