@@ -1,7 +1,7 @@
 """Answers a few chats with a Llama model: python example_chat_completion.py"""
 
 from llama import Dialog, Llama
-from llama.command_line import run
+from llama.cli.command_line import run
 from llama.default_model import default_checkpoint
 
 
@@ -15,7 +15,7 @@ def main(
     max_batch_size: int = 4,
     stream: bool = False,
 ) -> None:
-    """Answer a few chats.
+    """RowOutput a few chats.
 
     With no arguments this runs SmolLM2-135M-Instruct, which is fetched once. For a model on several GPUs or processes:
     torchrun --nproc_per_node N example_chat_completion.py --ckpt_dir ...

@@ -1,7 +1,7 @@
 """Completes a few texts with a Llama model: python example_text_completion.py"""
 
 from llama import Llama
-from llama.command_line import run
+from llama.cli.command_line import run
 from llama.default_model import default_checkpoint
 
 

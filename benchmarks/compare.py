@@ -20,7 +20,7 @@ import torch
 from peers import MODULES, PEERS
 from weights import write_weights
 
-from llama.command_line import run
+from llama.cli.command_line import run
 from llama.errors import InputError
 
 # What is asked of a library, and of which.

@@ -26,8 +26,8 @@ from llama.checkpoint import load_model, open_checkpoint, save_checkpoint
 from llama.default_model import default_checkpoint
 from llama.finetune.data import Example, make_batch, read_examples
 from llama.finetune.optimizer import Optimizer
-from llama.finetune.options import Options
 from llama.finetune.training import checkpoint_activations, choose_parameters, learn
+from llama.finetune.training_params import TrainingParams
 
 DIALOGS = 2
 RATE, DECAY, CLIP = 1e-5, 0.01, 1.0
@@ -57,7 +57,7 @@ def ours(rows: list[Example], folder: str, train: str, again: bool) -> Callable[
     """A step of this library's."""
     how: dict[str, Any] = {"format": "chat", "train": train, "lr": RATE, "epochs": 1, "batch_size": DIALOGS, "seed": 1}
     how |= {"grad_accum": 1, "max_seq_len": 2048, "warmup": 0, "weight_decay": DECAY, "clip": CLIP, "val_fraction": 0}
-    options = Options(**how, save_every=1, lora_rank=16, activation_checkpointing=again)
+    options = TrainingParams(**how, save_every=1, lora_rank=16, activation_checkpointing=again)
     checkpoint = open_checkpoint(folder)
     args = checkpoint.settings.model_args(checkpoint.settings.params["vocab_size"], options.max_seq_len, 1)
     model = load_model(checkpoint, args, device=torch.device("cpu"), dtype=torch.float32)

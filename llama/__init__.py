@@ -4,7 +4,7 @@ To learn how Llama works, read `model` (the network), `tokenizer` and `chat` (te
 next id), `decoding` (the decode loop) and `generation` (what lies on it), in this order.
 """
 
-from llama.chat import ChatFormat, Dialog, Message, Role
+from llama.chat_format import ChatFormat, Dialog, Message, Role
 from llama.generation import ChatPrediction, CompletionPrediction, Llama
 from llama.model import Transformer
 from llama.model_args import ModelArgs

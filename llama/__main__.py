@@ -3,12 +3,12 @@
 import sys
 from pathlib import Path
 
-from llama.command_line import Command, run
-from llama.commands.chat import chat
-from llama.commands.complete import complete
-from llama.commands.info import info
-from llama.commands.inspect import inspect
-from llama.convert import convert
+from llama.checkpoint.convert import convert
+from llama.cli.chat import chat
+from llama.cli.command_line import Command, run
+from llama.cli.complete import complete
+from llama.cli.info import info
+from llama.cli.inspect import inspect
 from llama.finetune import finetune
 
 ROOT = Path(__file__).parent.parent  # a clone's; what is installed has no benchmarks

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llama import parallel
-from llama.answer import Answer, Piece, Rules
-from llama.checks import explain_non_finite
-from llama.options import Decoding
+from llama import distributed
+from llama.non_finite import explain_non_finite
+from llama.sampling_params import SamplingParams
+from llama.streaming import Piece, RowOutput, StopCriteria
 
 IMPOSSIBLE = -1e9  # the log-probability of what fills a prompt's places before it has enough beams
 
@@ -36,7 +36,7 @@ class Search:
         done: whether it is over.
     """
 
-    def __init__(self, how: Decoding, rules: Rules) -> None:
+    def __init__(self, how: SamplingParams, rules: StopCriteria) -> None:
         self.how, self.rules = how, rules
         self.beams = [Beam([], [], 0.0)] + [Beam([], [], IMPOSSIBLE)] * (how.num_beams - 1)
         self.found: list[tuple[float, Beam]] = []
@@ -90,14 +90,14 @@ class Search:
     def pieces(self, first_row: int) -> Iterator[Piece]:
         """The best answers, one row each."""
         for i, (score, beam) in enumerate(self.found[: self.how.num_return_sequences]):
-            answer = Answer(first_row + i, self.rules)
+            answer = RowOutput(first_row + i, self.rules)
             pieces = [piece for one in zip(beam.tokens, beam.logprobs, strict=True) for piece in answer.take(*one)]
             for piece in (*pieces, *answer.end()):
                 yield piece._replace(score=score if piece.ended else None)
 
 
 def beam_search(
-    decoder: Any, prompts: list[list[int]], logits: torch.Tensor, how: Decoding, rules: list[Rules]
+    decoder: Any, prompts: list[list[int]], logits: torch.Tensor, how: SamplingParams, rules: list[StopCriteria]
 ) -> Iterator[Piece]:
     """Yield the best answers to prompts that have been read, when all are found.
 
@@ -136,7 +136,7 @@ def beam_search(
 
 @torch.no_grad()
 def _best(
-    model: Any, texts: list[list[int]], logits: torch.Tensor, searches: list[Search], how: Decoding, count: int
+    model: Any, texts: list[list[int]], logits: torch.Tensor, searches: list[Search], how: SamplingParams, count: int
 ) -> list[list[tuple[int, int, float, float]]]:
     """For each prompt, the `count` likeliest continuations of its beams: (beam, token, its logprob, total)."""
     logprobs = torch.log_softmax(logits, dim=-1)  # (prompts * num_beams, vocab_size)
@@ -148,7 +148,7 @@ def _best(
     vocab_size = logprobs.shape[-1]
     sums = (changed + totals[:, None]).view(len(searches), -1)  # (prompts, num_beams * vocab_size)
     values, places = sums.topk(min(count, sums.shape[-1]), dim=-1)
-    values, places = parallel.same_on_all_ranks(values), parallel.same_on_all_ranks(places)
+    values, places = distributed.broadcast(values), distributed.broadcast(places)
     own = logprobs.view(len(searches), -1).gather(-1, places)
     best = []
     for i, row in enumerate(zip(places.tolist(), own.tolist(), values.tolist(), strict=True)):

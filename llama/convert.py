@@ -1,71 +1,10 @@
-"""Writes a checkpoint in another layout: python -m llama.convert --from CHECKPOINT --to FOLDER --layout meta"""
+"""Write a checkpoint in another layout: python -m llama.convert --from CHECKPOINT --to FOLDER --layout meta"""
 
-import logging
-from collections.abc import Iterator
-from pathlib import Path
+from llama.checkpoint.convert import convert
 
-import torch
-
-from llama.checkpoint import Checkpoint, check_tensors, open_checkpoint, parameter_shapes
-from llama.checkpoint.save import write
-from llama.command_line import dtype_named, run
-from llama.model_args import ModelArgs
-from llama.tokenizer import Tokenizer
-
-logger = logging.getLogger("llama")
-
-
-def convert(
-    from_: str | Path,
-    to: str | Path,
-    layout: str = "meta",
-    shards: int | None = None,
-    dtype: str | None = None,
-    tokenizer_path: str | None = None,
-) -> None:
-    """Write a checkpoint in another layout, number of files or number format.
-
-    Any layout is read: a folder in Meta's or Hugging Face's, or a GGUF file, which is dequantized. Tensors pass through
-    memory one at a time. The new folder appears when all of it is written.
-
-    Args:
-        from_: the checkpoint's folder or file, after --from or as the first word
-        to: the folder to write, which must not be there yet
-        layout: meta (consolidated.NN.pth and params.json) or hf (safetensors and config.json)
-        shards: files of weights; by default 1 for meta, and files of at most 5 GB for hf
-        dtype: float32, float16 or bfloat16; by default the smallest that loses nothing
-        tokenizer_path: the tokenizer's file, where it isn't with the checkpoint
-    """
-    chosen = dtype_named(dtype)
-    checkpoint = open_checkpoint(from_)
-    tokenizer = find_tokenizer(checkpoint, tokenizer_path)
-    params = checkpoint.settings.params
-    n_words = params.get("vocab_size", -1) if tokenizer is None else tokenizer.n_words
-    args = checkpoint.settings.model_args(n_words, max_seq_len=1, max_batch_size=1)
-    check_tensors(checkpoint, args)
-    if args.max_position_embeddings is None:
-        args.max_position_embeddings = checkpoint.settings.advised_seq_len
-    write(to, layout, args, whole_tensors(checkpoint, args), chosen or checkpoint.dtype(), shards, tokenizer)
-    logger.info("wrote %s", to)
-
-
-def find_tokenizer(checkpoint: Checkpoint, tokenizer_path: str | None) -> Tokenizer | None:
-    """The tokenizer to write beside the weights, or None, with a warning, where none is to be found."""
-    if tokenizer_path is not None:
-        return Tokenizer(tokenizer_path)
-    try:
-        return checkpoint.tokenizer()
-    except FileNotFoundError as error:
-        logger.warning("no tokenizer is written, only the weights: %s", error)
-        return None
-
-
-def whole_tensors(checkpoint: Checkpoint, args: ModelArgs) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter, one at a time."""
-    for name, shape in parameter_shapes(args).items():
-        axis = 0 if len(shape) == 2 else None
-        yield name, checkpoint.read(name, axis, 0, shape[0])
-
+__all__ = ["convert"]
 
 if __name__ == "__main__":
+    from llama.cli.command_line import run
+
     run(convert)

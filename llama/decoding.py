@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from llama import parallel
-from llama.answer import Answer, Piece, Rules
+from llama import distributed
 from llama.beam_search import beam_search
-from llama.checks import explain_non_finite
 from llama.errors import InputError
 from llama.model import Transformer
-from llama.options import Decoding
-from llama.sampling import next_tokens, token_logprobs
+from llama.non_finite import explain_non_finite
+from llama.sampling import sample, token_logprobs
+from llama.sampling_params import SamplingParams
+from llama.streaming import Piece, RowOutput, StopCriteria
 
 # Prompts are scored in blocks of positions whose logits take about this many numbers (128 MB in float32).
 LOGITS_AT_ONCE = 2**25
@@ -56,7 +56,7 @@ class Decoder:
     def run(
         self,
         prompts: list[list[int]],
-        how: Decoding,
+        how: SamplingParams,
         stop_tokens: Collection[int],
         decode: Callable[[list[int]], str] | None,
         *,
@@ -88,7 +88,7 @@ class Decoder:
     def _pieces(
         self,
         prompts: list[list[int]],
-        how: Decoding,
+        how: SamplingParams,
         stop_tokens: Collection[int],
         decode: Callable[[list[int]], str] | None,
         logprobs: bool,
@@ -106,14 +106,19 @@ class Decoder:
             if rooms[prompt] < 1:
                 yield Piece(row, None, None, "", "length")
         if max(rooms) > 0:
-            rules = [Rules(room, stop_tokens, decode, how.stop_texts) for room in rooms]
+            rules = [StopCriteria(room, stop_tokens, decode, how.stop_texts) for room in rooms]
             if how.num_beams > 1:
                 yield from beam_search(self, prompts, logits, how, rules)
             else:
                 yield from self._draw(prompts, logits, how, rules, logprobs)
 
     def _draw(
-        self, prompts: list[list[int]], logits: torch.Tensor, how: Decoding, rules: list[Rules], logprobs: bool
+        self,
+        prompts: list[list[int]],
+        logits: torch.Tensor,
+        how: SamplingParams,
+        rules: list[StopCriteria],
+        logprobs: bool,
     ) -> Iterator[Piece]:
         """The decode loop: yields new tokens of the rows, step by step, until every row has ended.
 
@@ -125,7 +130,7 @@ class Decoder:
             logits = logits.index_select(0, torch.tensor(copies, dtype=torch.long, device=logits.device))
             self.reorder(copies, max(map(len, prompts)))
         texts = [list(prompts[row]) for row in copies]
-        answers = [Answer(i, rules[row]) for i, row in enumerate(copies)]
+        answers = [RowOutput(i, rules[row]) for i, row in enumerate(copies)]
         start_pos = self.first_positions(texts)
         generator = how.generator(logits.device)
         while True:
@@ -152,13 +157,13 @@ class Decoder:
         self,
         texts: list[list[int]],
         logits: torch.Tensor,
-        how: Decoding,
+        how: SamplingParams,
         generator: torch.Generator | None,
         logprobs: bool,
     ) -> tuple[torch.Tensor, list[float] | list[None]]:
         """The next token of each row, (batch), the same on every process; and its logprob, if wanted."""
         wanted = how.process(texts, logits)
-        ids = parallel.same_on_all_ranks(next_tokens(wanted, how.temperature, how.top_p, how.top_k, generator))
+        ids = distributed.broadcast(sample(wanted, how.temperature, how.top_p, how.top_k, generator))
         scores = token_logprobs(logits, ids.clamp(min=0)).tolist() if logprobs else [None] * len(texts)
         return ids, scores
 

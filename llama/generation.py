@@ -17,16 +17,16 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from typing_extensions import Unpack
 
-from llama import parallel
-from llama.answer import Piece
-from llama.chat import ChatFormat, Dialog, Message, Role
+from llama import distributed
+from llama.chat_format import ChatFormat, Dialog, Message, Role
 from llama.checkpoint import Checkpoint, check_tensors, load_model, open_checkpoint
-from llama.checks import check_prompts
+from llama.checkpoint.memory import explain_out_of_memory, report
 from llama.decoding import Decoder
+from llama.device import default_dtype
 from llama.errors import InputError
-from llama.memory import default_dtype, explain_out_of_memory, report
-from llama.options import Decoding, DecodingOptions
 from llama.sampling import sample_top_p
+from llama.sampling_params import SamplingOptions, SamplingParams, check_prompts
+from llama.streaming import Piece
 from llama.tokenizer import Tokenizer
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Piece", "Role", "sample_top_p"]
@@ -111,7 +111,7 @@ class Llama:
 
         Changed for the whole process: torch's random state is seeded. Under torchrun also: the process group and
         fairscale's model-parallel group are made, if they aren't there yet; the CUDA device is set; and on ranks above
-        0 standard output is silent (`llama.parallel.restore_stdout` undoes that).
+        0 standard output is silent (`llama.distributed.restore_stdout` undoes that).
 
         Args:
             ckpt_dir: a folder in Meta's layout or Hugging Face's, or a GGUF file; or an open checkpoint.
@@ -141,10 +141,10 @@ class Llama:
         args = checkpoint.settings.model_args(tokenizer.n_words, max_seq_len, max_batch_size)
         check_tensors(checkpoint, args)
 
-        place = parallel.setup(device, model_parallel_size)
-        parallel.silence_stdout()
+        place = distributed.setup(device, model_parallel_size)
+        distributed.silence_stdout()
         dtype = default_dtype(place) if dtype is None else dtype
-        args.check(parallel.model_parallel_size())
+        args.check(distributed.model_parallel_size())
         report(args, place, dtype)
         with explain_out_of_memory(args, place, dtype):
             model = load_model(checkpoint, args, device=place, dtype=dtype)
@@ -161,7 +161,7 @@ class Llama:
         top_p: float = 0.9,
         logprobs: bool = False,
         echo: bool = False,
-        **options: Unpack[DecodingOptions],
+        **options: Unpack[SamplingOptions],
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continue prompts of token ids.
 
@@ -173,7 +173,7 @@ class Llama:
             logprobs: also return the natural log of each returned token's probability, whatever the temperature.
             echo: return the prompt before the new tokens. With `max_gen_len=0` and `logprobs` this scores a text; its
                 first token, which nothing stands before, gets 0.0.
-            options: see `llama.options.DecodingOptions`. Of several answers to a prompt, those to the first prompt come
+            options: see `llama.sampling_params.SamplingOptions`. Of several answers to a prompt, those to the first prompt come
                 first; found by beams, the best first. A stop text ends an answer before the first token that is all
                 part of it.
 
@@ -184,7 +184,7 @@ class Llama:
             InputError: an argument out of range, or a combination that makes no sense; the message says what is right.
             ArithmeticError: the network computed something that is no finite number.
         """
-        how = Decoding(max_gen_len, temperature, top_p, **options)
+        how = SamplingParams(max_gen_len, temperature, top_p, **options)
         found = self._collect(prompt_tokens, how, logprobs=logprobs, echo=echo)
         return found.tokens, found.logprobs if logprobs else None
 
@@ -195,7 +195,7 @@ class Llama:
         temperature: float = 0.6,
         top_p: float = 0.9,
         logprobs: bool = False,
-        **options: Unpack[DecodingOptions],
+        **options: Unpack[SamplingOptions],
     ) -> Iterator[Piece]:
         """What `generate` returns, each token as it is drawn.
 
@@ -203,7 +203,7 @@ class Llama:
             Pieces with `row`, `token`, `logprob` (if asked for) and, in a row's last piece, `ended`: "stop" or
             "length". A last piece may have no token. The stream may be left at any time.
         """
-        how = Decoding(max_gen_len, temperature, top_p, **options)
+        how = SamplingParams(max_gen_len, temperature, top_p, **options)
         return self._stream(prompt_tokens, how, logprobs=logprobs, text=how.stop is not None)
 
     def text_completion(
@@ -214,7 +214,7 @@ class Llama:
         max_gen_len: int | None = None,
         logprobs: bool = False,
         echo: bool = False,
-        **options: Unpack[DecodingOptions],
+        **options: Unpack[SamplingOptions],
     ) -> list[CompletionPrediction]:
         """Continue texts.
 
@@ -227,7 +227,7 @@ class Llama:
             A prediction for each prompt, in order; with `num_return_sequences`, all of the first prompt's, then all of
             the second's, and so on. What is raised is what `generate` raises.
         """
-        how = Decoding(self._gen_len(max_gen_len), temperature, top_p, **options)
+        how = SamplingParams(self._gen_len(max_gen_len), temperature, top_p, **options)
         found = self._collect(self._encode(prompts), how, logprobs=logprobs, echo=echo)
         answers = zip(found.tokens, found.excess, strict=True)
         predictions = [CompletionPrediction(generation=self._text(ids, excess)) for ids, excess in answers]
@@ -240,7 +240,7 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
-        **options: Unpack[DecodingOptions],
+        **options: Unpack[SamplingOptions],
     ) -> Iterator[Piece]:
         """What `text_completion` returns, piece by piece.
 
@@ -248,7 +248,7 @@ class Llama:
             Pieces whose `text`, joined row by row, is the prediction's. Text comes as soon as it is certain: no half
             characters, and no beginnings of stop texts. The rest is as in `generate_stream`.
         """
-        how = Decoding(self._gen_len(max_gen_len), temperature, top_p, **options)
+        how = SamplingParams(self._gen_len(max_gen_len), temperature, top_p, **options)
         return self._stream(self._encode(prompts), how, logprobs=logprobs, text=True)
 
     def chat_completion(
@@ -258,9 +258,9 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
-        **options: Unpack[DecodingOptions],
+        **options: Unpack[SamplingOptions],
     ) -> list[ChatPrediction]:
-        """Answer dialogs, as the assistant.
+        """RowOutput dialogs, as the assistant.
 
         Args:
             dialogs: a list of dialogs, each a list of messages `{"role": …, "content": …}`. One that the chat format
@@ -275,7 +275,7 @@ class Llama:
         Raises:
             InputError: an argument out of range, an unknown role, or an order of roles the chat format doesn't know.
         """
-        how = Decoding(self._gen_len(max_gen_len), temperature, top_p, **options)
+        how = SamplingParams(self._gen_len(max_gen_len), temperature, top_p, **options)
         prompt_tokens, refusals = self._encode_dialogs(dialogs)
         found = self._collect(prompt_tokens, how, logprobs=logprobs)
         predictions = []
@@ -293,10 +293,10 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
-        **options: Unpack[DecodingOptions],
+        **options: Unpack[SamplingOptions],
     ) -> Iterator[Piece]:
         """What `chat_completion` returns, piece by piece: see `text_completion_stream`."""
-        how = Decoding(self._gen_len(max_gen_len), temperature, top_p, **options)
+        how = SamplingParams(self._gen_len(max_gen_len), temperature, top_p, **options)
         prompt_tokens, refusals = self._encode_dialogs(dialogs)
         stream = self._stream(prompt_tokens, how, logprobs=logprobs, text=True)
 
@@ -312,7 +312,7 @@ class Llama:
         return pieces()
 
     def _collect(
-        self, prompt_tokens: Sequence[Sequence[int]], how: Decoding, *, logprobs: bool, echo: bool = False
+        self, prompt_tokens: Sequence[Sequence[int]], how: SamplingParams, *, logprobs: bool, echo: bool = False
     ) -> Collected:
         """All answers, when they are done."""
         prompts = self._check(prompt_tokens, how)
@@ -333,7 +333,7 @@ class Llama:
         return found
 
     def _stream(
-        self, prompt_tokens: Sequence[Sequence[int]], how: Decoding, *, logprobs: bool, text: bool
+        self, prompt_tokens: Sequence[Sequence[int]], how: SamplingParams, *, logprobs: bool, text: bool
     ) -> Iterator[Piece]:
         """The answers, piece by piece. What is wrong with the arguments is said now, not at the first piece."""
         if how.num_beams > 1:
@@ -343,14 +343,14 @@ class Llama:
         return self._run(self._check(prompt_tokens, how), how, logprobs=logprobs, echo=False, text=text)
 
     def _run(
-        self, prompts: list[list[int]], how: Decoding, *, logprobs: bool, echo: bool, text: bool
+        self, prompts: list[list[int]], how: SamplingParams, *, logprobs: bool, echo: bool, text: bool
     ) -> Iterator[Piece]:
         stop_tokens = getattr(self.tokenizer, "stop_tokens", None)
         ends = {self.tokenizer.eos_id} if stop_tokens is None else set(stop_tokens)
         decode = self.tokenizer.decode if text else None
         return self._decoder.run(prompts, how, ends, decode, logprobs=logprobs, echo=echo)
 
-    def _check(self, prompt_tokens: Sequence[Sequence[int]], how: Decoding) -> list[list[int]]:
+    def _check(self, prompt_tokens: Sequence[Sequence[int]], how: SamplingParams) -> list[list[int]]:
         """The prompts as lists of ints; InputError if they don't fit the model."""
         params = self.model.params
         vocab_size = getattr(params, "vocab_size", -1)

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llama.cpu_matmul import native_products
+from llama.distributed import model_parallel_size
 from llama.errors import InputError
-from llama.linear import native_products
 from llama.model_args import ModelArgs, feed_forward_size
 from llama.parallel import (
     ColumnParallelLinear,
@@ -27,8 +28,6 @@ from llama.parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
     local_kv_heads,
-    model_parallel_size,
-    together,
 )
 
 
@@ -200,7 +199,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, span: Span, cache: LayerCache | None) -> torch.Tensor:
         batch, seq, _ = x.shape  # (batch, seq, dim)
-        xq, xk, xv = together(x, self.wq, self.wk, self.wv)
+        xq, xk, xv = self.wq(x), self.wk(x), self.wv(x)
         xq = xq.view(batch, seq, self.n_local_heads, self.head_dim)
         xk = xk.view(batch, seq, self.n_local_kv_heads, self.head_dim)
         xv = xv.view(batch, seq, self.n_local_kv_heads, self.head_dim)
@@ -237,8 +236,7 @@ class FeedForward(nn.Module):
         self.w3 = ColumnParallelLinear(dim, hidden_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = together(x, self.w1, self.w3)
-        return self.w2(F.silu(gate) * up)
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class TransformerBlock(nn.Module):

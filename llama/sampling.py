@@ -58,7 +58,7 @@ def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
     return torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
 
 
-def next_tokens(
+def sample(
     logits: torch.Tensor,
     temperature: float,
     top_p: float,
@@ -82,12 +82,12 @@ def next_tokens(
         ids = logits.argmax(dim=-1)
     else:
         drawable = torch.where(finite[:, None], logits, 0.0)  # torch.multinomial aborts on NaN
-        probs = warped_probs(drawable, temperature, top_k)
+        probs = scaled_probs(drawable, temperature, top_k)
         ids = sample_top_p(probs, top_p, generator=generator).squeeze(-1)
     return torch.where(finite, ids, -1)
 
 
-def warped_probs(logits: torch.Tensor, temperature: float, top_k: int | None = None) -> torch.Tensor:
+def scaled_probs(logits: torch.Tensor, temperature: float, top_k: int | None = None) -> torch.Tensor:
     """Probabilities, (batch, vocab_size), of logits divided by a temperature above 0; the `top_k` likeliest tokens'."""
     scaled = logits / temperature
     if top_k is not None:
@@ -95,15 +95,15 @@ def warped_probs(logits: torch.Tensor, temperature: float, top_k: int | None = N
     return torch.softmax(scaled, dim=-1)
 
 
-def draw_probs(logits: torch.Tensor, temperature: float, top_p: float, top_k: int | None = None) -> torch.Tensor:
-    """The probability that `next_tokens` draws each token with: (batch, vocab_size) -> (batch, vocab_size).
+def sampling_probs(logits: torch.Tensor, temperature: float, top_p: float, top_k: int | None = None) -> torch.Tensor:
+    """The probability that `sample` draws each token with: (batch, vocab_size) -> (batch, vocab_size).
 
     With `top_p=1` that is every token's. (A draw then leaves out the last few, where the sum of all before, about 1,
     happens to be rounded up.)
     """
     if temperature == 0 or top_k == 1:
         return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(logits.dtype)
-    probs = warped_probs(logits, temperature, top_k)
+    probs = scaled_probs(logits, temperature, top_k)
     if top_p == 1:
         return probs
     sorted_probs, ids = torch.sort(probs, dim=-1, descending=True)

@@ -19,13 +19,14 @@ import torch
 import transformers
 from sentencepiece import SentencePieceTrainer
 
+import llama.distributed
 import llama.parallel
 from llama import ModelArgs, Tokenizer, Transformer
 from llama.checkpoint import check_tensors, load_model, open_checkpoint, split_axis
 from llama.checkpoint import save as saving
 from llama.default_model import default_checkpoint, fetch
 from llama.gguf_file import GGUFFile
-from llama.vocabulary import LLAMA3_PATTERN, LLAMA3_SPECIAL, gpt2_characters
+from llama.vocab.vocabulary import LLAMA3_PATTERN, LLAMA3_SPECIAL, gpt2_characters
 
 ROOT = Path(__file__).parent.parent
 
@@ -260,14 +261,14 @@ class Ranks:
             get_model_parallel_world_size=lambda: size,
             get_model_parallel_rank=lambda: self.local.rank,
         )
-        monkeypatch.setattr(llama.parallel, "groups", group)
+        monkeypatch.setattr(llama.distributed, "groups", group)
         monkeypatch.setattr(llama.parallel, "copy_to_model_parallel_region", lambda x: x)
         monkeypatch.setattr(llama.parallel, "reduce_from_model_parallel_region", lambda x: sum(self.exchange(x)))
         monkeypatch.setattr(
             llama.parallel, "gather_from_model_parallel_region", lambda x: torch.cat(self.exchange(x), dim=-1)
         )
         monkeypatch.setattr(saving, "gather", self.exchange)
-        monkeypatch.setattr(saving, "first_rank", lambda: self.local.rank == 0)
+        monkeypatch.setattr(saving, "is_first_rank", lambda: self.local.rank == 0)
 
     def exchange(self, x):
         self.slots[self.local.rank] = x

@@ -8,9 +8,9 @@ import transformers
 from conftest import ScriptedModel, ScriptedTokenizer, hugging_face_twin, tiny_model
 
 from llama import Llama
-from llama.answer import Rules
 from llama.beam_search import Search
-from llama.options import Decoding
+from llama.sampling_params import SamplingParams
+from llama.streaming import StopCriteria
 
 ENDS = (7, 11, 30)
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9], [2]]
@@ -218,7 +218,7 @@ def test_models_of_others():
 @pytest.mark.parametrize(("early_stopping", "done"), [(False, True), ("never", False), (True, True)])
 def test_when_a_search_is_over(early_stopping, done):
     """Two answers at -0.5 each; the best beam is worse for its length now, and might be better at its longest."""
-    search = Search(Decoding(10, num_beams=2, early_stopping=early_stopping), Rules(10, {3}))
+    search = Search(SamplingParams(10, num_beams=2, early_stopping=early_stopping), StopCriteria(10, {3}))
     search.advance([(0, 1, -1.0, -1.0), (0, 2, -1.1, -1.1)])
     search.advance([(0, 3, 0.0, -1.0), (1, 3, 0.1, -1.0), (0, 1, -1.0, -2.0), (1, 1, -1.0, -2.1)])
     assert [score for score, _ in search.found] == [-0.5, -0.5]
@@ -227,7 +227,7 @@ def test_when_a_search_is_over(early_stopping, done):
 
 def test_a_search_keeps_what_can_still_win():
     """By hand: two beams, words 0 to 3, 3 ends; early stopping off."""
-    search = Search(Decoding(10, num_beams=2), Rules(10, {3}))
+    search = Search(SamplingParams(10, num_beams=2), StopCriteria(10, {3}))
     assert search.advance([(0, 1, -0.1, -0.1), (0, 3, -0.5, -0.5), (0, 2, -2.0, -2.0)]) == [0, 0]
     assert [beam.tokens for beam in search.beams] == [[1], [2]]
     assert search.found[0][0] == -0.5

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import ROOT, run_python, tiny_args, tiny_model, write_meta_checkpoint
 
-import llama.memory
+import llama.checkpoint.memory
 from llama import Llama, Tokenizer
-from llama.memory import cache_bytes, default_dtype, free_host_memory, weight_bytes
+from llama.checkpoint.memory import cache_bytes, free_host_memory, weight_bytes
+from llama.device import default_dtype
 
 STATE = """
 import logging, os, random, signal, sys, threading, warnings
@@ -218,13 +219,13 @@ def test_a_cache_larger_than_memory_is_refused_before_it_is_taken(tiny_checkpoin
 
 def test_running_out_of_memory_says_what_to_lower(tiny_checkpoint, monkeypatch):
     """Where free memory isn't known, torch runs out of it."""
-    monkeypatch.setattr(llama.memory, "free_host_memory", lambda: None)
+    monkeypatch.setattr(llama.checkpoint.memory, "free_host_memory", lambda: None)
     with pytest.raises(MemoryError, match=r"max_batch_size=100000000 x .*lower max_batch_size or max_seq_len"):
         Llama.build(tiny_checkpoint, None, 8192, 10**8, dtype=torch.bfloat16)
 
 
 def test_little_memory_is_only_warned_of(tiny_checkpoint, monkeypatch, caplog):
-    monkeypatch.setattr(llama.memory, "free_host_memory", lambda: 10**6)
+    monkeypatch.setattr(llama.checkpoint.memory, "free_host_memory", lambda: 10**6)
     Llama.build(tiny_checkpoint, None, 64, 2, dtype=torch.float32)
     assert "only 0.00 GB of memory are free; 0.00 GB of weights" in caplog.text
 

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, run_python, tiny_model, write_llama2_tokenizer, write_llama3_tokenizer, write_meta_checkpoint
 
 from llama import Llama, Tokenizer
-from llama.commands.terminal import visible
+from llama.cli.terminal import visible
 
 QUICK = ("--temperature", 0, "--max_gen_len", 4, "--ckpt_dir")
 PROMPT = r"\x1b\[\?2004h.*?>"  # the terminal may paste, and the sign to type at

@@ -11,7 +11,7 @@ from conftest import ROOT, run_python, tiny_model, torchrun, write_gguf, write_m
 from test_real_shapes import MODELS, model  # noqa: F401 - a fixture: the published models' settings
 
 from llama import Llama
-from llama.commands.info import info
+from llama.cli.info import info
 from llama.default_model import default_checkpoint
 
 real = pytest.mark.real
@@ -92,7 +92,7 @@ def test_a_traceback_on_request():
 
 
 def test_an_error_of_the_library_s_own_is_one_line_too(tmp_path):
-    script = "from llama.command_line import run\ndef main(): [][1]\nrun(main)"
+    script = "from llama.cli.command_line import run\ndef main(): [][1]\nrun(main)"
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert shown.returncode == 1
     assert shown.stderr == "error: IndexError: list index out of range (--debug shows where)\n"

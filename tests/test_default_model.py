@@ -150,7 +150,7 @@ def test_greedy_completion(smollm):
 @pytest.mark.real
 def test_greedy_chat(smollm):
     dialogs = [
-        [{"role": "user", "content": "What is the capital of Italy? Answer in one word."}],
+        [{"role": "user", "content": "What is the capital of Italy? RowOutput in one word."}],
         [{"role": "user", "content": "Give me a tagline for a new coffee shop."}],
     ]
     answers = smollm.chat_completion(dialogs, temperature=0, max_gen_len=60)

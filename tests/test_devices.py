@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from llama import Llama, Transformer
-from llama.sampling import next_tokens, token_logprobs
+from llama.sampling import sample, token_logprobs
 
 BATCH, SEQ = 3, 12
 aten = torch.ops.aten
@@ -102,7 +102,7 @@ def test_reading_and_decoding_mix_no_devices(dtype):
         rows = torch.arange(BATCH, device="cuda")
         logits = model.logits(hidden[rows, torch.full((BATCH,), SEQ - 1, device="cuda")])
         for temperature, start_pos in ((0, SEQ), (0.6, SEQ + 1), (0.6, positions)):
-            ids = next_tokens(logits, temperature, 0.9)
+            ids = sample(logits, temperature, 0.9)
             scores = token_logprobs(logits, ids)
             logits = model(ids[:, None], start_pos)[:, -1]
             assert {tensor.device.type for tensor in (ids, scores, logits)} == {"cuda"}

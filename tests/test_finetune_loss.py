@@ -9,7 +9,7 @@ from conftest import hugging_face_twin, same_weights, tiny_model
 from train_everything import examples, options
 
 from llama.finetune.data import Example, make_batch
-from llama.finetune.lora import Adapted, add_adapters, merge_adapters
+from llama.finetune.lora import LoRALinear, add_adapters, merge_adapters
 from llama.finetune.loss import mean_loss, summed_loss
 from llama.finetune.optimizer import BETAS, Optimizer, learning_rate
 from llama.finetune.training import checkpoint_activations, choose_parameters, learn
@@ -114,7 +114,7 @@ def test_accumulation_changes_nothing():
 
 
 def test_a_completion_of_one_token():
-    """Few rows take another product (see llama.linear): it has gradients too."""
+    """Few rows take another product (see llama.cpu_matmul): it has gradients too."""
     row = Example(1, [5, 6, 7, 8], [False, False, False, True])
     model = tiny_model()
     loss = summed_loss(model, make_batch([row]))
@@ -265,7 +265,7 @@ def test_lora_begins_as_nothing_and_merges_into_the_same():
     plain = model(tokens).detach()
     names = list(model.state_dict())
     add_adapters(model, 4, seed=1)
-    assert len([1 for module in model.modules() if isinstance(module, Adapted)]) == 2 * 7
+    assert len([1 for module in model.modules() if isinstance(module, LoRALinear)]) == 2 * 7
     assert torch.equal(model(tokens), plain)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if ".up." in name or ".down." in name}
@@ -283,7 +283,7 @@ def test_lora_begins_as_nothing_and_merges_into_the_same():
 
 def test_lora_s_formula():
     layer = tiny_model().layers[0].feed_forward.w2
-    adapted = Adapted(layer, 4, torch.Generator().manual_seed(1))
+    adapted = LoRALinear(layer, 4, torch.Generator().manual_seed(1))
     torch.nn.init.normal_(adapted.up.weight)
     x = torch.randn(5, layer.in_features)
     want = x @ (layer.weight + 2 * adapted.up.weight @ adapted.down.weight).T

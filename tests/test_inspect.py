@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 from test_sampling import nucleus_of
 
-import llama.inspection
+import llama.cli.inspection
 from llama import Llama
-from llama.commands.inspect import label, show
-from llama.commands.page import STYLE, page
-from llama.commands.shown import level, percent, readable, settings
+from llama.cli.inspect import label, show
+from llama.cli.inspect_format import level, percent, readable, settings
+from llama.cli.inspect_page import STYLE, page
+from llama.cli.inspection import inspect_tokens, totals
 from llama.errors import InputError
 from llama.files import writable_file, write_whole
-from llama.inspection import inspect_tokens, totals
 
 HOSTILE = '<script>alert(1)</script><img src="http://127.0.0.1:9/x.png"> [bold]x[/bold] \x1b[31m\x1b]0;y\x07 \u202e'
 
@@ -57,7 +57,7 @@ def found(tiny, ids):
 @pytest.mark.parametrize("at_once", [4 * 7 * 524, 2**25])
 def test_numbers_are_those_of_transformers(tiny, ids, monkeypatch, at_once):
     """Each number from its definition, on the probabilities of another implementation, whatever the blocks."""
-    monkeypatch.setattr(llama.inspection, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(llama.cli.inspection, "LOGITS_AT_ONCE", at_once)
     found = inspect_tokens(tiny, ids, alternatives=4)
     with torch.no_grad():
         logits = hugging_face_twin(tiny.model).double()(torch.tensor([ids])).logits[0]  # (seq, vocab_size)
@@ -131,7 +131,7 @@ def test_distributions_are_those_of_the_definitions(tiny, ids, how):
         assert reshaped.drawable == pytest.approx(len(probs), abs=0 if len(probs) < 300 else 300)  # some underflow
         assert reshaped.others == 0
     few = inspect_tokens(tiny, ids, bars=2, temperature=2.0, top_p=1.0)
-    assert len(few.next_tokens) == 2
+    assert len(few.sample) == 2
     assert few.asked.others == pytest.approx(1 - sum(few.asked.probabilities), abs=1e-6)
 
 
@@ -196,7 +196,7 @@ def hostile(tiny, llama3):
     found = inspect_tokens(tiny, ids + new, len(new))
     bad = [choice._replace(text="[/b]</b><em>\x1b") for choice in found.next_tokens]
     last = found.tokens[-1]._replace(text="[bold]</span><em>\x1b[0m", alternatives=bad)
-    return replace(found, tokens=[*found.tokens, last], next_tokens=bad)
+    return replace(found, tokens=[*found.tokens, last], sample=bad)
 
 
 @pytest.mark.parametrize("width", [30, 80, 200])
@@ -238,7 +238,7 @@ def test_nothing_steers_the_terminal(hostile):
 @pytest.fixture(scope="module")
 def script(tmp_path_factory):
     path = tmp_path_factory.mktemp("command") / "llama_inspect.py"
-    imports = "from llama.command_line import run\nfrom llama.commands.inspect import inspect\n"
+    imports = "from llama.cli.command_line import run\nfrom llama.cli.inspect import inspect\n"
     path.write_text(imports + "run(inspect, 'llama inspect')\n")
     return path
 

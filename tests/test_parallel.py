@@ -71,7 +71,7 @@ except AssertionError as error:
     assert "model_parallel_size=4, but this program's model-parallel group has 2" in str(error)
 else:
     raise SystemExit("not refused")
-from llama.parallel import restore_stdout
+from llama.distributed import restore_stdout
 restore_stdout()
 print(f"hello from {dist.get_rank()};", end="")
 dist.destroy_process_group()  # whoever makes the groups ends them
@@ -91,7 +91,7 @@ GRADIENTS = """
 import sys, torch
 from llama import Llama
 from llama.checkpoint import parameter_shapes, share
-from llama.parallel import model_parallel_rank, model_parallel_size
+from llama.distributed import model_parallel_rank, model_parallel_size
 model = Llama.build(sys.argv[1], None, 96, 4, device="cpu", dtype=torch.float32).model
 whole = torch.load(sys.argv[2])
 tokens = whole.pop("tokens")

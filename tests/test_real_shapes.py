@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-import llama.parallel
+import llama.distributed
 from llama import Transformer
 from llama.checkpoint import parameter_count, parameter_shapes, read_settings, share
 from llama.checkpoint.hugging_face import LAYER, NAMES
@@ -123,7 +123,7 @@ def held_by(monkeypatch, args, rank, size) -> Transformer:
         get_model_parallel_world_size=lambda: size,
         get_model_parallel_rank=lambda: rank,
     )
-    monkeypatch.setattr(llama.parallel, "groups", group)
+    monkeypatch.setattr(llama.distributed, "groups", group)
     with torch.device("meta"):
         return Transformer(args)
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama.sampling import draw_probs, next_tokens, sample_top_p, token_logprobs
+from llama.sampling import sample, sample_top_p, sampling_probs, token_logprobs
 
 
 def nucleus_of(probs: list[float], p: float) -> dict[int, float]:
@@ -81,9 +81,9 @@ def test_one_multinomial_of_the_cut_matrix():
 def test_temperature_zero_is_argmax_and_draws_nothing():
     logits = torch.randn(4, 50)
     state = torch.get_rng_state()
-    assert torch.equal(next_tokens(logits, 0, 0.9), logits.argmax(-1))
+    assert torch.equal(sample(logits, 0, 0.9), logits.argmax(-1))
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(next_tokens(logits, 0.7, 0.0), logits.argmax(-1))  # a nucleus of one
+    assert torch.equal(sample(logits, 0.7, 0.0), logits.argmax(-1))  # a nucleus of one
 
 
 @pytest.mark.parametrize("temperature", [0, 0.6])
@@ -93,7 +93,7 @@ def test_a_row_that_is_no_distribution_is_marked(temperature):
     logits[2, 3] = float("inf")
     logits[3] = float("-inf")
     logits[4, :49] = float("-inf")  # this one is a distribution: all on the last token
-    ids = next_tokens(logits, temperature, 0.9)
+    ids = sample(logits, temperature, 0.9)
     assert ids[1:].tolist() == [-1, -1, -1, 49]
     assert ids[0] >= 0
 
@@ -144,8 +144,8 @@ def test_same_draws_where_all_likely_tokens_are_equally_likely():
 
 def test_draws_have_the_probabilities_that_are_told():
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 2
-    told = draw_probs(logits, 1.2, 0.8, 20)[0]
-    drawn = next_tokens(logits.expand(20000, -1), 1.2, 0.8, 20, torch.Generator().manual_seed(0))
+    told = sampling_probs(logits, 1.2, 0.8, 20)[0]
+    drawn = sample(logits.expand(20000, -1), 1.2, 0.8, 20, torch.Generator().manual_seed(0))
     shares = torch.bincount(drawn, minlength=50) / 20000
     assert torch.equal(shares > 0, told > 0)
     assert torch.allclose(shares, told, atol=0.015)

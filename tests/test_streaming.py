@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama import Llama
-from llama.answer import Answer, Rules, TextStream
 from llama.default_model import default_checkpoint
+from llama.streaming import RowOutput, StopCriteria, TextStream
 
 TEXTS = [
     "The quick brown fox — naïve café, Ångström; it's 12345.",
@@ -78,7 +78,9 @@ def test_the_time_of_a_step_does_not_grow(llama3):
 
 
 def answer(tokens, stops, ends=(0,), room=100, decode=None):
-    one = Answer(0, Rules(room, set(ends), decode or (lambda ids: "".join(chr(96 + i) for i in ids)), tuple(stops)))
+    one = RowOutput(
+        0, StopCriteria(room, set(ends), decode or (lambda ids: "".join(chr(96 + i) for i in ids)), tuple(stops))
+    )
     pieces = []
     for token in tokens:
         if one.ended:

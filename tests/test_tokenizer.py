@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
 from llama import Tokenizer
-from llama.tokenizer import split_long
-from llama.vocabulary import byte_level_ranks, gpt2_characters, read_tiktoken
+from llama.vocab.byte_pairs import split_long
+from llama.vocab.vocabulary import byte_level_ranks, gpt2_characters, read_tiktoken
 
 HARD_TEXTS = [
     "",

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from llama import ChatFormat, Tokenizer
 from llama.default_model import default_checkpoint
 from llama.gguf_file import GGUFFile
-from llama.tokenizer_json import write_tokenizer_json as ours_written
-from llama.vocabulary import LLAMA3_PATTERN, SMOLLM_PATTERN, byte_level_ranks
+from llama.vocab.tokenizer_json import write_tokenizer_json as ours_written
+from llama.vocab.vocabulary import LLAMA3_PATTERN, SMOLLM_PATTERN, byte_level_ranks
 
 
 @pytest.fixture(scope="module")

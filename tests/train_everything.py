@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from llama import parallel
+from llama import distributed
 from llama.checkpoint import load_model, open_checkpoint
 from llama.finetune import finetune
 from llama.finetune.data import Example
 from llama.finetune.loss import mean_loss
 from llama.finetune.optimizer import Optimizer
-from llama.finetune.options import Options
 from llama.finetune.training import choose_parameters, learn
+from llama.finetune.training_params import Options
 
 OPTIONS = {"format": "chat", "train": "all", "lr": 1e-3, "epochs": 1, "batch_size": 4, "grad_accum": 1}
 OPTIONS |= {"max_seq_len": 96, "warmup": 0.1, "weight_decay": 0.01, "clip": 1.0, "val_fraction": 0.1, "save_every": 9}
@@ -26,7 +26,7 @@ def options(**changes):
 
 
 def examples(count=7, seed=0):
-    """Of unlike lengths, each with two stretches that are learned."""
+    """Of unlike lengths, each with two segments that are learned."""
     draw = random.Random(seed)
     made = []
     for line in range(count):
@@ -38,7 +38,7 @@ def examples(count=7, seed=0):
 
 def everything(ckpt_dir: Path, data: Path, out: Path, model_parallel_size: int, batch_size: int) -> dict:
     """The loss and its gradients over seven examples, then whole runs of `finetune`."""
-    device = parallel.setup("cpu", model_parallel_size)
+    device = distributed.setup("cpu", model_parallel_size)
     checkpoint = open_checkpoint(ckpt_dir)
     args = checkpoint.settings.model_args(checkpoint.tokenizer().n_words, 96, 1)
     model = load_model(checkpoint, args, device=device, dtype=torch.float32)
@@ -53,7 +53,7 @@ def everything(ckpt_dir: Path, data: Path, out: Path, model_parallel_size: int, 
     # one example alone: with two copies of the model, there is none for the other
     found["loss of one"], found["norm of one"] = learn(model, optimizer, examples(1), 0.0, how)
 
-    grad_accum = 8 // batch_size // parallel.data_parallel_size()  # 8 examples a step
+    grad_accum = 8 // batch_size // distributed.data_parallel_size()  # 8 examples a step
     for train in ("all", "lora"):
         run = {"train": train, "lr": 1e-2, "clip": 2.0, "lora_rank": 4, "dtype": "float32", "max_seq_len": 96}
         run |= {"batch_size": batch_size, "grad_accum": grad_accum, "activation_checkpointing": train == "lora"}
@@ -66,4 +66,4 @@ if __name__ == "__main__":
     ckpt_dir, data, out = map(Path, sys.argv[1:4])
     found = everything(ckpt_dir, data, out, *map(int, sys.argv[4:]))
     out.mkdir(exist_ok=True)
-    torch.save(found | {"part": parallel.model_parallel_rank()}, out / f"rank-{os.environ['RANK']}")
+    torch.save(found | {"part": distributed.model_parallel_rank()}, out / f"rank-{os.environ['RANK']}")

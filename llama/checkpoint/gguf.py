@@ -126,9 +126,6 @@ class GGUFCheckpoint(Checkpoint):
             raise CheckpointError(f"{self.path}: {name} can't be dequantized: {error}") from error
         return weights[:, start:stop] if axis == 1 else weights
 
-    def is_mapped(self, name: str) -> bool:
-        return self._tensors[name].tensor_type in PLAIN
-
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self._file)
 

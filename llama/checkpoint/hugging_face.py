@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 
 from llama.checkpoint.layout import Checkpoint, Settings
 from llama.checkpoint.parameters import our_name, parameter_shapes
-from llama.checkpoint.scratch import Scratch
+from llama.checkpoint.staging import Staging
 from llama.errors import CheckpointError, InputError
 from llama.files import Metadata, first_bytes, read_json, refuse_if_unmappable, require_path, write_json
 from llama.model_args import ModelArgs
 from llama.tokenizer import Tokenizer
-from llama.tokenizer_json import adds_bos, end_ids
-from llama.vocabulary import is_tiktoken
+from llama.vocab.tokenizer_json import adds_bos, end_ids
+from llama.vocab.vocabulary import is_tiktoken
 
 LAYER = "model.layers."
 NAMES = {
@@ -116,11 +116,8 @@ class HuggingFaceCheckpoint(Checkpoint):
             return tensor[start:stop]
         head_size = ModelArgs(**self.settings.params).head_size
         first = start // head_size * head_size  # whole heads
-        heads = pairs_adjacent(tensor[first : -(-stop // head_size) * head_size], head_size)
+        heads = to_adjacent_pairs(tensor[first : -(-stop // head_size) * head_size], head_size)
         return heads[start - first : stop - first]
-
-    def is_mapped(self, name: str) -> bool:
-        return not name.endswith(ROTATED)
 
     def tokenizer(self) -> Tokenizer:
         as_json, path = self.path / "tokenizer.json", self.path / "tokenizer.model"
@@ -139,12 +136,12 @@ class HuggingFaceCheckpoint(Checkpoint):
         return tokenizer
 
 
-def pairs_adjacent(weight: torch.Tensor, head_size: int) -> torch.Tensor:
+def to_adjacent_pairs(weight: torch.Tensor, head_size: int) -> torch.Tensor:
     """From rows whose rotary pairs are (j, j + head_size / 2) of a head to ours, (2j, 2j + 1)."""
     return weight.unflatten(0, (-1, 2, head_size // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def pairs_apart(weight: torch.Tensor, head_size: int) -> torch.Tensor:
+def to_half_split(weight: torch.Tensor, head_size: int) -> torch.Tensor:
     """The other way."""
     return weight.unflatten(0, (-1, head_size // 2, 2)).transpose(1, 2).flatten(0, 2)
 
@@ -275,11 +272,11 @@ def write_hugging_face(
     for i, names in enumerate(even_parts(sizes, count)):
         file = WEIGHTS if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
         part = {}
-        with Scratch(folder) as scratch:
+        with Staging(folder) as scratch:
             for name in names:
                 _, tensor = next(stream)
                 if name.endswith(ROTATED):
-                    tensor = pairs_apart(tensor, args.head_size)
+                    tensor = to_half_split(tensor, args.head_size)
                 part[their_name(name)] = scratch.keep(tensor, dtype)
             save_file(part, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(part, file)

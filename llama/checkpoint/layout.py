@@ -91,9 +91,5 @@ class Checkpoint(ABC):
         """Tensor `name`, from `start` to `stop` along `axis`; whole if `axis` is None, as it is for those not split."""
 
     @abstractmethod
-    def is_mapped(self, name: str) -> bool:
-        """Whether `read` gives a tensor as it lies in the file, mapped into memory; if not, it makes a new one."""
-
-    @abstractmethod
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that comes with the model."""

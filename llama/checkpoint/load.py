@@ -10,13 +10,13 @@ from llama.checkpoint.gguf import GGUFCheckpoint
 from llama.checkpoint.hugging_face import HuggingFaceCheckpoint, read_config_json
 from llama.checkpoint.layout import Checkpoint, Settings
 from llama.checkpoint.meta import MetaCheckpoint, read_params_json_alone
-from llama.checkpoint.parameters import SAME_INPUT, parameter_shapes, share
+from llama.checkpoint.parameters import parameter_shapes, share
+from llama.checkpoint.progress import progress
+from llama.distributed import model_parallel_rank, model_parallel_size
 from llama.errors import CheckpointError, InputError, MissingFileError
 from llama.files import listing, require_path
 from llama.model import Transformer
 from llama.model_args import ModelArgs
-from llama.parallel import lay_side_by_side, model_parallel_rank, model_parallel_size
-from llama.progress import progress
 
 
 def open_checkpoint(ckpt_dir: str | Path | Checkpoint) -> Checkpoint:
@@ -103,26 +103,16 @@ def check_tensors(checkpoint: Checkpoint, args: ModelArgs) -> None:
 def load_model(checkpoint: Checkpoint, args: ModelArgs, *, device: torch.device, dtype: torch.dtype) -> Transformer:
     """Make the network and give it this process's share of the checkpoint's weights, which `check_tensors` has seen.
 
-    Weights that have the right dtype and device already stay where they are mapped, without a copy. Those that are made
-    anew are laid side by side where one product can serve them.
+    Weights that already have the right dtype and device stay where they are mapped, without a copy.
     """
     rank, size = model_parallel_rank(), model_parallel_size()
     wanted = parameter_shapes(args)
     with torch.device("meta"):
         model = Transformer(args)
-    weights: dict[str, torch.Tensor] = {}
-    made = set()  # those that aren't mapped
+    parameters: dict[str, nn.Parameter] = {}
     for name in progress(wanted, "loading", " tensors"):
         weight = checkpoint.read(name, *share(name, wanted[name], args, rank, size))
-        weights[name] = weight.to(device=device, dtype=dtype).contiguous()
-        if weights[name] is not weight or not checkpoint.is_mapped(name):
-            made.add(name)
-        for group in SAME_INPUT:
-            layer, found, _ = name.partition(group[-1])  # the last of the group that is read
-            names = [f"{layer}{one}.weight" for one in group]
-            if found and made.issuperset(names):
-                weights.update(zip(names, lay_side_by_side([weights[one] for one in names]), strict=True))
-    parameters = {name: nn.Parameter(weight) for name, weight in weights.items()}
+        parameters[name] = nn.Parameter(weight.to(device=device, dtype=dtype).contiguous())
     if args.tie_embeddings:
         parameters["output.weight"] = parameters["tok_embeddings.weight"]
     model.load_state_dict(parameters, assign=True)

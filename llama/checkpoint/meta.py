@@ -12,7 +12,7 @@ import torch
 
 from llama.checkpoint.layout import Checkpoint, Settings
 from llama.checkpoint.parameters import parameter_shapes, share, split_axis
-from llama.checkpoint.scratch import Scratch
+from llama.checkpoint.staging import Staging
 from llama.errors import CheckpointError
 from llama.files import first_bytes, read_json, refuse_if_unmappable, require_path, write_json
 from llama.model_args import ModelArgs, feed_forward_size
@@ -102,9 +102,6 @@ class MetaCheckpoint(Checkpoint):
                 pieces.append(parts[i].narrow(axis, start - starts[i], end - start))
                 start = end
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=file_axis or 0)
-
-    def is_mapped(self, name: str) -> bool:
-        return True  # but for a slice of several files, which may be treated alike
 
     def tokenizer(self) -> Tokenizer:
         as_json = self.path / "tokenizer.json"  # beside the other where that can't say all there is to say
@@ -217,7 +214,7 @@ def write_meta(
     """
     shapes = parameter_shapes(args)
     parts: list[dict[str, torch.Tensor]] = [{} for _ in range(shards)]
-    with Scratch(folder) as scratch:
+    with Staging(folder) as scratch:
         for name, tensor in tensors:
             for i, part in enumerate(parts):
                 axis, start, stop = share(name, shapes[name], args, i, shards)

@@ -14,9 +14,6 @@ from llama.model_args import ModelArgs
 # The axis along which a parameter is split over files and processes; norms are whole in each.
 SPLIT_AXIS = {"tok_embeddings": 0, "output": 0, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0}
 
-# What has the same input, and so is fastest as one matrix.
-SAME_INPUT = (("attention.wq", "attention.wk", "attention.wv"), ("feed_forward.w1", "feed_forward.w3"))
-
 
 class Share(NamedTuple):
     """A part of a parameter: from `start` to `stop` along `axis`. Without an axis, the whole."""

@@ -12,15 +12,15 @@ import torch
 from llama.checkpoint.hugging_face import SHARD_BYTES, write_hugging_face
 from llama.checkpoint.meta import write_meta
 from llama.checkpoint.parameters import parameter_count, parameter_shapes, share
+from llama.checkpoint.progress import progress
+from llama.distributed import gather, is_first_rank, model_parallel_size, raise_on_all_ranks
 from llama.errors import InputError
 from llama.files import new_folder
 from llama.model import Transformer
 from llama.model_args import ModelArgs
-from llama.parallel import first_rank, gather, model_parallel_size, raise_together
-from llama.progress import progress
 from llama.tokenizer import Tokenizer
-from llama.tokenizer_json import write_neighbours, write_tokenizer_json
-from llama.vocabulary import is_llama3, read_tiktoken, write_tiktoken
+from llama.vocab.tokenizer_json import write_neighbours, write_tokenizer_json
+from llama.vocab.vocabulary import is_llama3, read_tiktoken, write_tiktoken
 
 LAYOUTS = ("meta", "hf")
 
@@ -52,14 +52,14 @@ def save_checkpoint(
     """
     args, dtype, tensors = model.params, model.norm.weight.dtype, whole_parameters(model)
     failure: BaseException | None = None
-    if first_rank():
+    if is_first_rank():
         try:
             write(folder, layout, args, tensors, dtype, shards, tokenizer)
         except BaseException as error:
             failure = error
     for _ in tensors:  # what the first process hasn't taken, the others still give; and they take nothing
         pass
-    raise_together(failure)
+    raise_on_all_ranks(failure)
 
 
 def whole_parameters(model: Transformer) -> Iterator[tuple[str, torch.Tensor]]:

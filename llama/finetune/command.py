@@ -6,17 +6,17 @@ from pathlib import Path
 
 import torch
 
-from llama import parallel
-from llama.chat import ChatFormat
+from llama import distributed
+from llama.chat_format import ChatFormat
 from llama.checkpoint import check_tensors, load_model, open_checkpoint
-from llama.command_line import dtype_named
+from llama.checkpoint.memory import is_out_of_memory
 from llama.default_model import default_checkpoint
+from llama.device import default_dtype, dtype_named
 from llama.errors import InputError
 from llama.finetune.data import read_examples, split_off
-from llama.finetune.options import Options
 from llama.finetune.run_folder import RunFolder
 from llama.finetune.training import train as train_model
-from llama.memory import default_dtype, is_out_of_memory
+from llama.finetune.training_params import TrainingParams
 from llama.tokenizer import Tokenizer
 
 logger = logging.getLogger("llama")
@@ -76,7 +76,7 @@ def finetune(
         model_parallel_size: under torchrun, processes that share one copy of the model; by default all. With fewer,
             there are more copies, each of which learns from other examples
     """
-    options = Options(
+    options = TrainingParams(
         format=format,
         train=train,
         lr=lr,
@@ -110,8 +110,8 @@ def finetune(
         )
     training, validation = split_off(examples, val_fraction, seed)
 
-    device = parallel.setup(None, model_parallel_size)
-    args.check(parallel.model_parallel_size())
+    device = distributed.setup(None, model_parallel_size)
+    args.check(distributed.model_parallel_size())
     chosen = chosen or default_dtype(device)
     chosen = torch.float32 if chosen == torch.float16 else chosen
     folder = RunFolder(
@@ -122,8 +122,8 @@ def finetune(
             "tokenizer_path": None if tokenizer_path is None else str(tokenizer_path),
             "data": hashlib.sha256(Path(data).read_bytes()).hexdigest(),
             "dtype": str(chosen).removeprefix("torch."),
-            "model_parallel_size": parallel.model_parallel_size(),
-            "copies": parallel.data_parallel_size(),
+            "model_parallel_size": distributed.model_parallel_size(),
+            "copies": distributed.data_parallel_size(),
         },
     )
     try:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llama.chat import ChatFormat, Stretch, encode_continued
+from llama.chat_format import ChatFormat, Segment, encode_continued
 from llama.errors import InputError
 from llama.files import require_path
 from llama.tokenizer import Tokenizer
@@ -87,21 +87,21 @@ def read_line(
         raise InputError(f"not JSON: {error}") from error
     keys = set(found) if isinstance(found, dict) else None
     if keys == {"prompt", "completion"}:
-        stretches = encode_pair(found["prompt"], found["completion"], tokenizer, formatter)
+        segments = encode_pair(found["prompt"], found["completion"], tokenizer, formatter)
     elif keys == {"messages"}:
-        stretches = encode_messages(found["messages"], formatter)
+        segments = encode_messages(found["messages"], formatter)
     else:
         what = f"the keys {sorted(keys)}" if keys is not None else f"{found!r:.80}"
         raise InputError(f"it must be an object with prompt and completion, or with messages, and is {what}")
-    tokens = [i for stretch in stretches for i in stretch.ids]
-    learned = [stretch.said for stretch in stretches for _ in stretch.ids]
+    tokens = [i for segment in segments for i in segment.tokens]
+    learned = [segment.from_assistant for segment in segments for _ in segment.tokens]
     while not learned[-1]:  # nothing is learned from what follows the last word
         tokens.pop()
         learned.pop()
     return cut_left(Example(number, tokens, learned), tokenizer.bos_id, max_seq_len)
 
 
-def encode_pair(prompt: Any, completion: Any, tokenizer: Tokenizer, formatter: ChatFormat | None) -> list[Stretch]:
+def encode_pair(prompt: Any, completion: Any, tokenizer: Tokenizer, formatter: ChatFormat | None) -> list[Segment]:
     """A prompt and its completion as a chat of two turns, or as plain text with the tokenizer's end token."""
     for name, text in (("prompt", prompt), ("completion", completion)):
         if not isinstance(text, str) or not text.strip():
@@ -110,14 +110,14 @@ def encode_pair(prompt: Any, completion: Any, tokenizer: Tokenizer, formatter: C
         user, assistant = {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}
         return encode_messages([user, assistant], formatter)
     ids, completion_ids = encode_continued(tokenizer, prompt, completion, bos=tokenizer.add_bos)
-    return [Stretch(ids, False), Stretch([*completion_ids, tokenizer.eos_id], True)]
+    return [Segment(ids, False), Segment([*completion_ids, tokenizer.eos_id], True)]
 
 
-def encode_messages(messages: Any, formatter: ChatFormat | None) -> list[Stretch]:
+def encode_messages(messages: Any, formatter: ChatFormat | None) -> list[Segment]:
     """A dialog in its model's chat format, every message of the assistant's to be learned."""
     if formatter is None:
         raise InputError("messages need a chat format; a plain text is a prompt and a completion")
-    stretches = formatter.encode_turns(messages)  # which checks the roles
+    segments = formatter.encode_turns(messages)  # which checks the roles
     if messages[-1]["role"] != "assistant":
         raise InputError(f"the last message must be the assistant's, and is the {messages[-1]['role']}'s")
     for number, message in enumerate(messages):
@@ -126,7 +126,7 @@ def encode_messages(messages: Any, formatter: ChatFormat | None) -> list[Stretch
     refusal = formatter.refusal(messages)
     if refusal is not None:
         raise InputError(refusal)
-    return stretches
+    return segments
 
 
 def cut_left(example: Example, bos_id: int | None, max_seq_len: int) -> Example:

@@ -13,21 +13,14 @@ has those; where W has some of the input features, `down` has those, and sums wh
 import torch
 from torch import nn
 
-from llama.linear import Linear
+from llama.distributed import model_parallel_rank, model_parallel_size
 from llama.model import Transformer
-from llama.parallel import (
-    ColumnParallelLinear,
-    KVHeadParallelLinear,
-    RowParallelLinear,
-    local_kv_heads,
-    model_parallel_rank,
-    model_parallel_size,
-)
+from llama.parallel import ColumnParallelLinear, KVHeadParallelLinear, Linear, RowParallelLinear, local_kv_heads
 
 SCALE = 2.0  # alpha / rank, in the paper's terms
 
 
-class Adapted(nn.Module):
+class LoRALinear(nn.Module):
     """A layer, and the two thin matrices beside it.
 
     Args:
@@ -78,7 +71,7 @@ def add_adapters(model: Transformer, rank: int, seed: int) -> None:
         for part in block.children():
             for name, layer in list(part.named_children()):
                 if isinstance(layer, Linear):
-                    setattr(part, name, Adapted(layer, rank, generator))
+                    setattr(part, name, LoRALinear(layer, rank, generator))
 
 
 @torch.no_grad()
@@ -87,5 +80,5 @@ def merge_adapters(model: Transformer) -> None:
     for block in model.layers:
         for part in block.children():
             for name, layer in list(part.named_children()):
-                if isinstance(layer, Adapted):
+                if isinstance(layer, LoRALinear):
                     setattr(part, name, layer.merged())

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
+from llama.distributed import data_parallel_rank, data_parallel_size, sum_over_data_parallel
 from llama.finetune.data import Batch, Example, make_batch
 from llama.model import Transformer
-from llama.parallel import data_parallel_rank, data_parallel_size, sum_over_copies
 
 
 def summed_loss(model: Transformer, batch: Batch) -> torch.Tensor:
@@ -32,7 +32,7 @@ def summed_loss(model: Transformer, batch: Batch) -> torch.Tensor:
     return F.cross_entropy(logits, batch.targets[batch.learned], reduction="sum")
 
 
-def deal(examples: Sequence[Example], batch_size: int) -> Iterator[Sequence[Example]]:
+def shard(examples: Sequence[Example], batch_size: int) -> Iterator[Sequence[Example]]:
     """This process's part of the examples, in batches. Those of like length go together, so that little is filled."""
     by_length = sorted(examples, key=lambda example: len(example.tokens))
     for start in range(data_parallel_rank() * batch_size, len(examples), data_parallel_size() * batch_size):
@@ -44,6 +44,6 @@ def mean_loss(model: Transformer, examples: Sequence[Example], batch_size: int) 
     """The loss over examples, all processes' together, without learning from it."""
     device = model.norm.weight.device
     total = torch.zeros((), device=device)
-    for part in deal(examples, batch_size):
+    for part in shard(examples, batch_size):
         total += summed_loss(model, make_batch(part, device))
-    return sum_over_copies(total).item() / sum(example.n_learned for example in examples)
+    return sum_over_data_parallel(total).item() / sum(example.n_learned for example in examples)

@@ -6,15 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from llama.parallel import (
-    ColumnParallelLinear,
-    KVHeadParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    model_parallel_size,
-    sum_over_copies,
-    sum_over_parts,
-)
+from llama.distributed import model_parallel_size, sum_over_data_parallel, sum_over_model_parallel
+from llama.parallel import ColumnParallelLinear, KVHeadParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 BETAS = (0.9, 0.95)  # as Llama 2 was trained (arXiv 2307.09288)
 
@@ -84,7 +77,7 @@ class Optimizer:
         for master in self.masters.values():
             if master.grad is None:  # there were no examples left for this copy
                 master.grad = torch.zeros_like(master)
-            sum_over_copies(master.grad)
+            sum_over_data_parallel(master.grad)
 
     def gradient_norm(self) -> float:
         """The length of the gradient of the whole model, as one vector.
@@ -96,7 +89,7 @@ class Optimizer:
             for name, master in self.masters.items()
             if master.grad is not None
         ]
-        return sum_over_parts(torch.stack(squares).sum()).sqrt().item()
+        return sum_over_model_parallel(torch.stack(squares).sum()).sqrt().item()
 
     @torch.no_grad()
     def step(self, rate: float, clip: float) -> float:

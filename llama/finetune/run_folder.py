@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from llama.checkpoint import save_checkpoint
+from llama.distributed import data_parallel_rank, is_first_rank, model_parallel_rank, on_first_rank
 from llama.errors import CheckpointError, InputError
 from llama.files import free_path, new_folder, read_json, write_json
 from llama.finetune import metrics
 from llama.model import Transformer
-from llama.parallel import data_parallel_rank, first_rank, model_parallel_rank, on_first_rank
 from llama.tokenizer import Tokenizer
 
 logger = logging.getLogger("llama")
@@ -62,7 +62,7 @@ class RunFolder:
 
     def log(self, **entry: Any) -> None:
         """Add a line to the metrics."""
-        if first_rank():
+        if is_first_rank():
             metrics.append(self.metrics, **entry)
 
     def save(self, step: int, state: dict[str, Any]) -> None:

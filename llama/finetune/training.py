@@ -10,20 +10,24 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from llama.distributed import data_parallel_size, is_first_rank, sum_over_data_parallel
 from llama.finetune.data import Example, make_batch, shuffled
 from llama.finetune.lora import add_adapters, merge_adapters
-from llama.finetune.loss import deal, mean_loss, summed_loss
+from llama.finetune.loss import mean_loss, shard, summed_loss
 from llama.finetune.optimizer import Optimizer, learning_rate
-from llama.finetune.options import TRAIN, Options
 from llama.finetune.run_folder import RunFolder
+from llama.finetune.training_params import TRAIN, TrainingParams
 from llama.model import Transformer
-from llama.parallel import data_parallel_size, first_rank, sum_over_copies
 
 logger = logging.getLogger("llama")
 
 
 def train(
-    model: Transformer, training: Sequence[Example], validation: Sequence[Example], options: Options, folder: RunFolder
+    model: Transformer,
+    training: Sequence[Example],
+    validation: Sequence[Example],
+    options: TrainingParams,
+    folder: RunFolder,
 ) -> None:
     """Train a model, from the newest state in the folder on.
 
@@ -47,9 +51,9 @@ def train(
         len(training), len(validation), steps, min(per_step, len(training)), f"{trained:,}", f"{numbers:,}",
     )  # fmt: skip
 
-    start = go_on(optimizer, folder)
+    start = resume(optimizer, folder)
     bar = tqdm(
-        range(start, steps), "training", steps, initial=start, unit=" steps", disable=None if first_rank() else True
+        range(start, steps), "training", steps, initial=start, unit=" steps", disable=None if is_first_rank() else True
     )
     order = shuffled(training, start // per_epoch, options.seed)
     for step in bar:
@@ -77,7 +81,7 @@ def train(
     validate(model, validation, options, folder, steps)
 
 
-def go_on(optimizer: Optimizer, folder: RunFolder) -> int:
+def resume(optimizer: Optimizer, folder: RunFolder) -> int:
     """Take up the newest state in the folder, if there is one; returns the steps made so far."""
     state = folder.newest()
     if state is None:
@@ -87,7 +91,7 @@ def go_on(optimizer: Optimizer, folder: RunFolder) -> int:
     return int(state["step"])
 
 
-def choose_parameters(model: Transformer, options: Options) -> None:
+def choose_parameters(model: Transformer, options: TrainingParams) -> None:
     """Let those parameters that are to be trained, and no others, have gradients."""
     if options.train == "lora":
         add_adapters(model, options.lora_rank, options.seed)
@@ -107,7 +111,7 @@ def checkpoint_activations(model: Transformer) -> None:
 
 
 def learn(
-    model: Transformer, optimizer: Optimizer, examples: Sequence[Example], rate: float, options: Options
+    model: Transformer, optimizer: Optimizer, examples: Sequence[Example], rate: float, options: TrainingParams
 ) -> tuple[float, float]:
     """One step: learn from examples, which are dealt to all copies of the model, and read in batches.
 
@@ -117,16 +121,18 @@ def learn(
     device = model.norm.weight.device
     count = sum(example.n_learned for example in examples)  # of all batches of all processes: see `llama.finetune.loss`
     total = torch.zeros((), device=device)
-    for part in deal(examples, options.batch_size):
+    for part in shard(examples, options.batch_size):
         loss = summed_loss(model, make_batch(part, device)) / count
         loss.backward()
         optimizer.add_gradients()
         total += loss.detach()
     optimizer.sum_gradients()
-    return sum_over_copies(total).item(), optimizer.step(rate, options.clip)
+    return sum_over_data_parallel(total).item(), optimizer.step(rate, options.clip)
 
 
-def validate(model: Transformer, validation: Sequence[Example], options: Options, folder: RunFolder, step: int) -> None:
+def validate(
+    model: Transformer, validation: Sequence[Example], options: TrainingParams, folder: RunFolder, step: int
+) -> None:
     """Measure the loss on examples that nothing is learned from, after `step` steps."""
     if validation:
         loss = mean_loss(model, validation, options.batch_size)

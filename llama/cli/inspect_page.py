@@ -8,10 +8,10 @@ import hashlib
 import html
 from pathlib import Path
 
-from llama.commands.shown import LEGEND, figures, level, percent, readable, settings
-from llama.inspection import Choice, Inspection, Reshaped, Token
+from llama.cli.inspect_format import LEGEND, figures, level, percent, readable, settings
+from llama.cli.inspection import Choice, Inspection, Reshaped, Token
 
-STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+STYLE = (Path(__file__).parent / "inspect_page.css").read_text(encoding="utf-8")
 
 # Nothing may run or be fetched, whatever a text brings with it; and only this style sheet counts.
 POLICY = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; style-src 'sha256-{}'"

@@ -4,17 +4,17 @@ from pathlib import Path
 
 import torch
 
-from llama.chat import ChatFormat, ChatMLFormat, Llama2Format, Llama3Format
+from llama.chat_format import ChatFormat, ChatMLFormat, Llama2Format, Llama3Format
 from llama.checkpoint import Settings, open_checkpoint, read_settings
-from llama.command_line import DTYPES, dtype_named
+from llama.checkpoint.memory import LLAMA2_VOCAB_SIZE, footprint, free_host_memory
 from llama.default_model import default_checkpoint
+from llama.device import DTYPES, default_dtype, dtype_named
 from llama.errors import InputError, MissingFileError
 from llama.files import require_path
-from llama.memory import LLAMA2_WORDS, default_dtype, footprint, free_host_memory
-from llama.options import check_count
+from llama.sampling_params import check_count
 from llama.tokenizer import Tokenizer
 
-LLAMA3_WORDS = 128256
+LLAMA3_VOCAB_SIZE = 128256
 FORMATS = {Llama2Format: "Llama 2", Llama3Format: "Llama 3", ChatMLFormat: "ChatML"}
 
 
@@ -81,9 +81,11 @@ def layout(path: Path) -> str:
 def model(settings: Settings) -> dict[str, str]:
     """The network, in words."""
     words = settings.params.get("vocab_size", -1)
-    args = settings.model_args(LLAMA2_WORDS if words == -1 else words, 1, 1)
-    family = {LLAMA2_WORDS: "Llama 2", LLAMA3_WORDS: "Llama 3"}.get(args.vocab_size, "of Llama's architecture")
-    if args.use_scaled_rope and args.vocab_size == LLAMA3_WORDS:
+    args = settings.model_args(LLAMA2_VOCAB_SIZE if words == -1 else words, 1, 1)
+    family = {LLAMA2_VOCAB_SIZE: "Llama 2", LLAMA3_VOCAB_SIZE: "Llama 3"}.get(
+        args.vocab_size, "of Llama's architecture"
+    )
+    if args.use_scaled_rope and args.vocab_size == LLAMA3_VOCAB_SIZE:
         family = "Llama 3.1 or later"
     longest = args.max_position_embeddings or settings.advised_seq_len
     context = f"{longest:,} tokens" if longest else "not told"

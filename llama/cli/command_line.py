@@ -15,16 +15,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import fire
-import torch
 from fire import core, decorators, helptext, trace
 
 from llama.checkpoint import open_checkpoint
-from llama.commands.terminal import visible
+from llama.cli.terminal import visible
 from llama.default_model import default_checkpoint
+from llama.device import dtype_named
 from llama.errors import DownloadError, InputError
 from llama.generation import Llama
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Command = Callable[..., None]
 
@@ -34,13 +32,6 @@ class _Call:
 
     def __init__(self, make: Callable[[], None]) -> None:
         self._make = make
-
-
-def dtype_named(name: str | None) -> torch.dtype | None:
-    """The number format of this name; None stays None."""
-    if name is not None and name not in DTYPES:
-        raise InputError(f"dtype={name!r} must be one of {list(DTYPES)}")
-    return None if name is None else DTYPES[name]
 
 
 CONTEXT = 4096  # tokens, where nothing is said of it

@@ -8,7 +8,7 @@ import tokenizers
 from conftest import ScriptedModel, ScriptedTokenizer
 
 from llama import ChatFormat, Llama
-from llama.chat import ChatMLFormat, Llama2Format, Llama3Format
+from llama.chat_format import ChatMLFormat, Llama2Format, Llama3Format
 from llama.tokenizer import ChatFormat as ChatFormatOfTheTokenizerModule
 
 

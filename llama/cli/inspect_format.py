@@ -3,7 +3,7 @@
 import unicodedata
 from collections.abc import Callable
 
-from llama.inspection import Inspection, Reshaped, Totals, totals
+from llama.cli.inspection import Inspection, Reshaped, Totals, totals
 
 # A token of at least the first probability was expected; each further bound is a step of surprise.
 LEVELS = (0.5, 0.2, 0.05, 0.01, 0.001)

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import torch
 
-from llama.checks import check_prompts, explain_non_finite
 from llama.decoding import LOGITS_AT_ONCE
 from llama.errors import InputError
 from llama.generation import Llama
-from llama.options import Decoding, check_count
-from llama.sampling import draw_probs
+from llama.non_finite import explain_non_finite
+from llama.sampling import sampling_probs
+from llama.sampling_params import SamplingParams, check_count, check_prompts
 
 
 class Choice(NamedTuple):
@@ -91,7 +91,7 @@ def inspect_tokens(
         new: how many of them were generated.
         alternatives: how many of the likeliest tokens to name at each place.
         bars: how many of them to name after the text.
-        temperature, top_p, top_k: how the next token is drawn; see `llama.sampling.next_tokens`.
+        temperature, top_p, top_k: how the next token is drawn; see `llama.sampling.sample`.
 
     Raises:
         InputError: no tokens, more than `max_seq_len`, or one outside the vocabulary; or a number out of range.
@@ -102,7 +102,7 @@ def inspect_tokens(
     check_count("alternatives", alternatives, 1)
     check_count("bars", bars, 1)
     check_count("new", new, 0)
-    Decoding(0, temperature, top_p, top_k=top_k)  # which refuses what is out of range
+    SamplingParams(0, temperature, top_p, top_k=top_k)  # which refuses what is out of range
     if new > len(tokens):
         raise InputError(f"new={new} is more than the {len(tokens)} tokens there are")
 
@@ -157,7 +157,7 @@ def _reshape(
     logits: torch.Tensor, shown: torch.Tensor, temperature: float, top_p: float, top_k: int | None
 ) -> Reshaped:
     """The distribution at these settings, of logits (1, vocab_size); by name, of the ids `shown`, (bars)."""
-    probs = draw_probs(logits, temperature, top_p, top_k)[0]  # (vocab_size)
+    probs = sampling_probs(logits, temperature, top_p, top_k)[0]  # (vocab_size)
     others = probs.index_fill(0, shown, 0.0).sum().item()
     return Reshaped(temperature, top_p, top_k, probs[shown].tolist(), others, int((probs > 0).sum()))
 

@@ -59,7 +59,7 @@ class TextStream:
         return piece
 
 
-class Rules(NamedTuple):
+class StopCriteria(NamedTuple):
     """How long an answer may get, and what ends it."""
 
     room: int  # tokens it may have
@@ -68,14 +68,14 @@ class Rules(NamedTuple):
     stops: tuple[str, ...] = ()  # texts that end it, and aren't part of it; they need `decode`
 
 
-class Answer:
+class RowOutput:
     """One row's answer.
 
     Attributes:
         ended: why it ended, or None.
     """
 
-    def __init__(self, row: int, rules: Rules) -> None:
+    def __init__(self, row: int, rules: StopCriteria) -> None:
         self.ended: Ended | None = "length" if rules.room < 1 else None
         self._row, self._rules = row, rules
         self._stream = None if rules.decode is None else TextStream(rules.decode)

@@ -5,7 +5,7 @@ from typing import Any
 
 from llama.errors import CheckpointError
 from llama.files import Metadata, first_bytes, read_json, write_json
-from llama.vocabulary import (
+from llama.vocab.vocabulary import (
     ENDS,
     GPT2_PATTERN,
     LLAMA3_PATTERN,

@@ -3,9 +3,9 @@
 import json as json_format
 from typing import Any
 
-from llama.command_line import build
-from llama.commands.terminal import show, text_given
-from llama.options import Decoding
+from llama.cli.command_line import build
+from llama.cli.terminal import show, text_given
+from llama.sampling_params import SamplingParams
 
 
 def complete(
@@ -46,7 +46,7 @@ def complete(
     prompt = text_given(text)
     how: dict[str, Any] = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
     how |= {"top_k": top_k, "stop": stop}
-    Decoding(**how)  # refuses what is out of range, before the model takes its time to load
+    SamplingParams(**how)  # refuses what is out of range, before the model takes its time to load
     llama = build(ckpt_dir, tokenizer_path, max_seq_len, dtype, seed)
     if json:
         (prediction,) = llama.text_completion([prompt], logprobs=True, **how)

@@ -1,9 +1,10 @@
 """What a call can ask for: how tokens are chosen, and when an answer ends."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from numbers import Integral, Real
+from operator import index
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -13,7 +14,7 @@ from llama.errors import InputError
 LogitsProcessor = Callable[[list[list[int]], torch.Tensor], torch.Tensor]
 
 
-class DecodingOptions(TypedDict, total=False):
+class SamplingOptions(TypedDict, total=False):
     """The keyword arguments that `Llama.generate`, `text_completion`, `chat_completion` and their streams share."""
 
     top_k: int | None  # draw from this many of the likeliest tokens; then from the nucleus of these
@@ -31,7 +32,7 @@ class DecodingOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Decoding:
+class SamplingParams:
     """The arguments of one call, checked. Applied in this order: logits_processor, temperature, top_k, top_p.
 
     Raises:
@@ -146,3 +147,37 @@ def check_count(name: str, value: Any, least: int) -> None:
     """Raise InputError if an argument is no whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise InputError(f"{name}={value!r} must be a whole number of at least {least}")
+
+
+def check_prompts(
+    prompt_tokens: Sequence[Sequence[int]], rows_each: int, max_batch_size: int, max_seq_len: int, vocab_size: int
+) -> list[list[int]]:
+    """The prompts as lists of ints; InputError if they, with so many rows each, don't fit the model."""
+    try:
+        prompts = [[index(token) for token in prompt] for prompt in prompt_tokens]
+    except TypeError as error:
+        raise InputError(f"prompt_tokens must be a list of lists of token ids: {error}") from error
+    if not prompts:
+        raise InputError("an empty batch: at least one prompt is needed")
+    if len(prompts) > max_batch_size:
+        raise InputError(
+            f"{len(prompts)} prompts given, but max_batch_size={max_batch_size}: give fewer at a time, or build with a "
+            f"larger max_batch_size"
+        )
+    if len(prompts) * rows_each > max_batch_size:
+        raise InputError(
+            f"{len(prompts)} prompt(s) with {rows_each} rows each (num_return_sequences or num_beams) are more than "
+            f"max_batch_size={max_batch_size}"
+        )
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise InputError(f"prompt {row} is empty: it needs at least one token")
+        if len(prompt) > max_seq_len:
+            raise InputError(
+                f"prompt {row} has {len(prompt)} tokens, but max_seq_len={max_seq_len}: shorten it, or build with a "
+                f"larger max_seq_len"
+            )
+        outside = [token for token in prompt if not 0 <= token < vocab_size]
+        if outside:
+            raise InputError(f"prompt {row} holds {outside[0]}, which is outside the vocabulary of {vocab_size} tokens")
+    return prompts

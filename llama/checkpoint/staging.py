@@ -7,7 +7,7 @@ from types import TracebackType
 import torch
 
 
-class Scratch:
+class Staging:
     """Keeps copies of tensors in files, mapped into memory, until the block it is opened for ends.
 
     Args:
@@ -18,7 +18,7 @@ class Scratch:
         self.folder = folder / ".scratch"
         self.count = 0
 
-    def __enter__(self) -> "Scratch":
+    def __enter__(self) -> "Staging":
         self.folder.mkdir()
         return self
 

@@ -9,8 +9,8 @@ from conftest import ScriptedModel, ScriptedTokenizer, tiny_model
 
 from llama import Llama, Transformer
 from llama.model import KVCache
-from llama.options import Decoding
-from llama.sampling import keep_top_k, next_tokens, sample_top_p
+from llama.sampling import keep_top_k, sample, sample_top_p
+from llama.sampling_params import SamplingParams
 
 PROMPTS = [[7, 8, 9], [100] * 20, [5, 6, 5, 6, 5]]
 
@@ -69,7 +69,7 @@ def test_frequencies_of_20000_draws(top_k, top_p, temperature):
     share = sum(probs.values())
     draws = 20_000
     generator = torch.Generator().manual_seed(5)
-    ids = next_tokens(torch.tensor([logits]).expand(draws, -1), temperature, top_p, top_k, generator)
+    ids = sample(torch.tensor([logits]).expand(draws, -1), temperature, top_p, top_k, generator)
     counts = torch.bincount(ids, minlength=10).tolist()
     assert {i for i, count in enumerate(counts) if count} <= set(probs)
     chi_square = sum((counts[i] - draws * p / share) ** 2 / (draws * p / share) for i, p in probs.items())
@@ -403,6 +403,6 @@ def test_an_option_there_is_not(llama):
 
 
 def test_decoding_without_options_is_the_references():
-    how = Decoding(5)
+    how = SamplingParams(5)
     assert (how.temperature, how.top_p, how.num_beams, how.num_return_sequences) == (0.6, 0.9, 1, 1)
     assert how.generator(torch.device("cpu")) is None

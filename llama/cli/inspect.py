@@ -6,16 +6,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Styled
 
-from llama.command_line import build
-from llama.commands.page import page
-from llama.commands.shown import LEGEND, figures, level, percent, readable, settings
-from llama.commands.terminal import text_given
+from llama.cli.command_line import build
+from llama.cli.inspect_format import LEGEND, figures, level, percent, readable, settings
+from llama.cli.inspect_page import page
+from llama.cli.inspection import Inspection, Reshaped, Token, inspect_tokens
+from llama.cli.terminal import text_given
 from llama.default_model import default_checkpoint
+from llama.distributed import is_first_rank
 from llama.errors import InputError
 from llama.files import writable_file, write_whole
-from llama.inspection import Inspection, Reshaped, Token, inspect_tokens
-from llama.options import Decoding, check_count
-from llama.parallel import first_rank
+from llama.sampling_params import SamplingParams, check_count
 
 # The page's colours, from an expected token to a surprising one. Both colours are set, so that any terminal will do.
 COLOURS = (
@@ -64,7 +64,7 @@ def inspect(
         html: write a page that shows it all to this file, and not to the terminal
     """
     # What can be refused is refused before the model takes its time to load.
-    Decoding(max_gen_len, temperature, top_p, top_k=top_k, seed=seed)
+    SamplingParams(max_gen_len, temperature, top_p, top_k=top_k, seed=seed)
     check_count("alternatives", alternatives, 1)
     file = None if html is None else writable_file(html, "html")
     prompt = text_given(text)
@@ -79,7 +79,7 @@ def inspect(
     )
     if file is None:
         show(found, Console(highlight=False))
-    elif first_rank():
+    elif is_first_rank():
         write_whole(file, page(found, Path(checkpoint).resolve().name))
         print(f"wrote {file}")
 

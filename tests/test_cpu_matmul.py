@@ -11,7 +11,7 @@ from torch import nn
 
 from llama import Transformer
 from llama.checkpoint import open_checkpoint, save_checkpoint
-from llama.linear import linear, native_products
+from llama.cpu_matmul import linear, native_products
 from llama.parallel import lay_side_by_side, together
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -102,7 +102,7 @@ def products(monkeypatch) -> list[int]:
         made.append(weight.shape[0])
         return F.linear(x, weight)
 
-    monkeypatch.setattr("llama.linear.linear", counting)
+    monkeypatch.setattr("llama.cpu_matmul.linear", counting)
     monkeypatch.setattr("llama.parallel.linear", counting)
     return made
 

@@ -23,11 +23,11 @@ class Message(TypedDict):
 Dialog = Sequence[Message]
 
 
-class Stretch(NamedTuple):
+class Segment(NamedTuple):
     """Tokens of a dialog that follow each other."""
 
-    ids: list[int]
-    said: bool  # by the assistant
+    tokens: list[int]
+    from_assistant: bool
 
 
 class ChatFormat:
@@ -78,8 +78,8 @@ class ChatFormat:
         """
         raise NotImplementedError
 
-    def encode_turns(self, dialog: Dialog) -> list[Stretch]:
-        """The tokens of a whole dialog, in stretches, with what the assistant says told apart: to learn from.
+    def encode_turns(self, dialog: Dialog) -> list[Segment]:
+        """The tokens of a whole dialog, in segments, with what the assistant says told apart: to learn from.
 
         What the assistant says is the content of its messages, and the token that ends each. What stands before the
         first is what `encode_dialog_prompt` gives for the dialog so far, so that learning and answering see the same.
@@ -118,14 +118,14 @@ class Llama3Format(ChatFormat):
             ids += self.encode_message(message)
         return ids + self.encode_header({"role": "assistant", "content": ""})
 
-    def encode_turns(self, dialog: Dialog) -> list[Stretch]:
+    def encode_turns(self, dialog: Dialog) -> list[Segment]:
         check_dialog(dialog)
-        stretches = [Stretch([self.tokenizer.special_tokens["<|begin_of_text|>"]], False)]
+        segments = [Segment([self.tokenizer.special_tokens["<|begin_of_text|>"]], False)]
         for message in dialog:
             header = self.encode_header(message)
             content = self.encode_message(message)[len(header) :]  # with eot
-            stretches += [Stretch(header, False), Stretch(content, message["role"] == "assistant")]
-        return stretches
+            segments += [Segment(header, False), Segment(content, message["role"] == "assistant")]
+        return segments
 
 
 class ChatMLFormat(ChatFormat):
@@ -159,17 +159,17 @@ class ChatMLFormat(ChatFormat):
             ids += self.encode_message(message)
         return ids + self.encode_header({"role": "assistant", "content": ""})
 
-    def encode_turns(self, dialog: Dialog) -> list[Stretch]:
+    def encode_turns(self, dialog: Dialog) -> list[Segment]:
         check_dialog(dialog)
-        stretches: list[Stretch] = []
+        segments: list[Segment] = []
         for message in [*self._before(dialog), *dialog]:
             if message["role"] == "assistant":  # the content on its own, as it will be generated after the header
                 content = [*self._text(message["content"]), self.tokenizer.special_tokens["<|im_end|>"]]
-                stretches += [Stretch(self.encode_header(message), False), Stretch(content, True)]
-                stretches.append(Stretch(self._text("\n"), False))
+                segments += [Segment(self.encode_header(message), False), Segment(content, True)]
+                segments.append(Segment(self._text("\n"), False))
             else:
-                stretches.append(Stretch(self.encode_message(message), False))
-        return stretches
+                segments.append(Segment(self.encode_message(message), False))
+        return segments
 
     def _before(self, dialog: Dialog) -> list[Message]:
         """What is said before a dialog begins."""
@@ -194,16 +194,16 @@ class Llama2Format(ChatFormat):
             ids += self.tokenizer.encode(f"{self._asked(user)} {answer.strip()} ", bos=True, eos=True)
         return ids + self.tokenizer.encode(self._asked(turns[-1]), bos=True, eos=False)
 
-    def encode_turns(self, dialog: Dialog) -> list[Stretch]:
+    def encode_turns(self, dialog: Dialog) -> list[Segment]:
         check_dialog(dialog)
         if dialog[-1]["role"] != "assistant":
             raise InputError("to be learned from, a dialog must end with what the assistant says")
         turns = [*self._turns(dialog[:-1]), dialog[-1]["content"]]
-        stretches: list[Stretch] = []
+        segments: list[Segment] = []
         for user, answer in zip(turns[::2], turns[1::2], strict=True):
             ids, answer_ids = encode_continued(self.tokenizer, self._asked(user), f" {answer.strip()} ", bos=True)
-            stretches += [Stretch(ids, False), Stretch([*answer_ids, self.tokenizer.eos_id], True)]
-        return stretches
+            segments += [Segment(ids, False), Segment([*answer_ids, self.tokenizer.eos_id], True)]
+        return segments
 
     def _asked(self, user: str) -> str:
         return f"[INST] {user.strip()} [/INST]"

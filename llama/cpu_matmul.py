@@ -13,7 +13,6 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 MKL = torch.backends.mkl.is_available()
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -55,16 +54,6 @@ def _sliced(x: torch.Tensor, weight: torch.Tensor, rows: int) -> torch.Tensor:
     y = torch.bmm(weight.view(slices, -1, in_features), columns)  # (slices, out_features / slices, rows)
     y = y if rows == 1 else y.view(out_features, rows).t().contiguous()
     return y.view(*x.shape[:-1], out_features)
-
-
-class Linear(nn.Linear):
-    """`linear` with a weight of its own, and no bias."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight)
 
 
 _lock = threading.Lock()

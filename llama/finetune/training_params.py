@@ -16,7 +16,7 @@ FORMATS = ("chat", "plain")
 
 
 @dataclass(frozen=True)
-class Options:
+class TrainingParams:
     """How to fine-tune. `llama.finetune.finetune` says what each means, and what it is when left out."""
 
     format: str

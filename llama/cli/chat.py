@@ -12,14 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama.chat import Dialog, Message, check_dialog
-from llama.command_line import build
-from llama.commands.terminal import Keyboard, show, visible
+from llama.chat_format import Dialog, Message, check_dialog
+from llama.cli.command_line import build
+from llama.cli.terminal import Keyboard, show, visible
+from llama.distributed import is_first_rank, object_broadcaster
 from llama.errors import InputError
 from llama.files import require_path, writable_file, write_whole
 from llama.generation import Llama
-from llama.options import Decoding
-from llama.parallel import first_rank, told_by_the_first
+from llama.sampling_params import SamplingParams
 
 ROOM = 256  # tokens that an answer should have, or a quarter of the context if that is less
 
@@ -82,11 +82,13 @@ def chat(
             was made for if that is less
         dtype: float32, float16 or bfloat16; by default bfloat16 where the machine computes in it
     """
-    Decoding(1 if max_gen_len is None else max_gen_len, temperature, top_p)  # before the model takes its time to load
+    SamplingParams(
+        1 if max_gen_len is None else max_gen_len, temperature, top_p
+    )  # before the model takes its time to load
     llama = build(ckpt_dir, tokenizer_path, max_seq_len, dtype, seed)
     llama.formatter  # noqa: B018 - a model without a chat format is refused now
-    tell = told_by_the_first()
-    if not first_rank():
+    tell = object_broadcaster()
+    if not is_first_rank():
         while (turn := tell(None)) is not None:
             try:
                 answer(llama, turn, tell, lambda: False)
@@ -144,7 +146,7 @@ class Conversation:
         self.files: set[Path] = set()  # that this conversation was saved to or loaded from
 
     def run(self) -> None:
-        """Answer until the person leaves."""
+        """RowOutput until the person leaves."""
         say(f"A context of {self.llama.model.params.max_seq_len} tokens. /help lists what can be typed.")
         while True:
             try:
@@ -252,7 +254,7 @@ class Conversation:
             temperature = float(value)
         except ValueError:
             raise InputError(f"temperature={value!r} must be a number of at least 0") from None
-        Decoding(1, temperature)  # which refuses what is out of range
+        SamplingParams(1, temperature)  # which refuses what is out of range
         self.settings = self.settings._replace(temperature=temperature)
         say(f"(temperature {temperature:g})")
 

@@ -1,0 +1,58 @@
+"""Which device a model runs on, and in which dtype."""
+
+import os
+
+import torch
+
+from llama.errors import InputError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """This process's device, with its index on CUDA.
+
+    Args:
+        device: "cuda", "cpu" or "mps"; None takes CUDA if there is one, else the CPU. "cuda" without an index is the
+            GPU of `LOCAL_RANK` under torchrun, else the current one.
+
+    Raises:
+        InputError: it isn't available here.
+    """
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if chosen.type == "cuda" and chosen.index is None:
+            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+        if chosen.type not in ("cuda", "cpu", "mps"):
+            raise RuntimeError("only cuda, cpu and mps can")
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: this torch is built without CUDA
+        raise InputError(f"device={device!r} can't be used here: {error}") from error
+    return chosen
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes in it, else float16 on CUDA and float32 on the CPU."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "mps":
+        return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float32
+    features: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch can't tell
+    in_hardware = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+    return torch.bfloat16 if in_hardware else torch.float32
+
+
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """The dtype of this name; None stays None.
+
+    Raises:
+        InputError: it is not one of `DTYPES`.
+    """
+    if name is not None and name not in DTYPES:
+        raise InputError(f"dtype={name!r} must be one of {list(DTYPES)}")
+    return None if name is None else DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype's name as a user writes it: "bfloat16", not "torch.bfloat16"."""
+    return str(dtype).removeprefix("torch.")

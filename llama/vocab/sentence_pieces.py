@@ -1,0 +1,45 @@
+"""Llama 2's tokenizer, by sentencepiece."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Literal
+
+from sentencepiece import SentencePieceProcessor
+
+from llama.errors import CheckpointError, InputError
+
+
+class SentencePieces:
+    """Llama 2's sentencepiece model."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.model = SentencePieceProcessor(model_proto=path.read_bytes())
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is neither a sentencepiece model (Llama 2), nor lines of base64 tokens and ranks (Llama 3), "
+                f"nor tokenizer.json, nor GGUF: {error}"
+            ) from error
+        self.n_words: int = self.model.vocab_size()
+        self.bos_id: int | None = self.model.bos_id()
+        self.eos_id: int = self.model.eos_id()
+        self.stop_tokens = {self.eos_id}
+        self.special_tokens: dict[str, int] = {}
+        self.add_bos, self.chat_template = True, None
+        self.vocabulary = None
+
+    def encode(
+        self, text: str, allowed: Literal["all"] | Collection[str], disallowed: Literal["all"] | Collection[str]
+    ) -> list[int]:
+        if allowed or disallowed:
+            raise InputError("allowed_special and disallowed_special don't apply to a sentencepiece vocabulary")
+        return self.model.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids)
+
+    def token_bytes(self, token: int) -> bytes:
+        piece: str = self.model.id_to_piece(token)
+        if self.model.is_byte(token):  # "<0x0A>"
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("▁", " ").encode()
