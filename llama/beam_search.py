@@ -1,159 +1,175 @@
-"""Beam search: the likeliest answers, found by following several at a time.
+"""Beam search: the likeliest answers, found by following several beginnings (beams) at a time.
 
-Each step continues every beam of a prompt with every word, and keeps the best `num_beams` of all. One that ends becomes
-an answer, with the score log-probability / length ** length_penalty. The meaning of every option is that of Hugging
+Each step continues every beam of a prompt with every token, and keeps the best `num_beams` of all. A beam that ends
+becomes an answer with the score log-probability / length ** length_penalty. Every option means what it means in Hugging
 Face's `generate`, so that the same model finds the same answers there.
 """
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from llama import distributed
+from llama.decoding import device_of
+from llama.distributed import broadcast
 from llama.non_finite import explain_non_finite
+from llama.protocols import CachedModel, LanguageModel
 from llama.sampling_params import SamplingParams
 from llama.streaming import Piece, RowOutput, StopCriteria
 
-IMPOSSIBLE = -1e9  # the log-probability of what fills a prompt's places before it has enough beams
+IMPOSSIBLE = -1e9  # the log-probability of beams that only fill up the batch, at the first step
 
 
 class Beam(NamedTuple):
-    """A beginning of an answer; or, with its stop token, a whole one."""
+    """The beginning of an answer; or, with its stop token, a whole one."""
 
     tokens: list[int]
     logprobs: list[float]
-    total: float  # their sum
+    total: float  # the sum of the logprobs, as a logits_processor has changed them
 
 
-class Search:
+class Candidate(NamedTuple):
+    """A beam continued by a token."""
+
+    beam: int  # index
+    token: int
+    logprob: float  # of the token, as the network has it
+    total: float  # of the longer beam
+
+
+class PromptSearch:
     """The search for the answers to one prompt.
 
     Attributes:
         beams: num_beams beginnings, the likeliest first.
-        found: the best answers so far, with their scores, the best first; at most num_beams.
-        done: whether it is over.
+        answers: the best answers so far, with their scores, the best first; at most num_beams.
+        done: whether the search is over.
     """
 
-    def __init__(self, how: SamplingParams, rules: StopCriteria) -> None:
-        self.how, self.rules = how, rules
-        self.beams = [Beam([], [], 0.0)] + [Beam([], [], IMPOSSIBLE)] * (how.num_beams - 1)
-        self.found: list[tuple[float, Beam]] = []
-        self.done = rules.room < 1
+    def __init__(self, params: SamplingParams, criteria: StopCriteria) -> None:
+        self.params, self.criteria = params, criteria
+        self.beams = [Beam([], [], 0.0)] + [Beam([], [], IMPOSSIBLE)] * (params.num_beams - 1)
+        self.answers: list[tuple[float, Beam]] = []
+        self.done = criteria.max_new_tokens < 1
 
-    def advance(self, candidates: list[tuple[int, int, float, float]]) -> list[int]:
-        """Go on with the best continuations: (beam, token, its logprob, total), the likeliest first.
+    def advance(self, candidates: list[Candidate]) -> list[int]:
+        """Replace the beams by their best continuations.
+
+        Args:
+            candidates: the likeliest first.
 
         Returns:
-            Of each new beam, which of the old ones it continues.
+            Of each new beam, the index of the old one that it continues.
         """
         if self.done:
             return list(range(len(self.beams)))
-        size, old = self.how.num_beams, self.beams
-        going: list[tuple[int, Beam]] = []
-        for rank, (beam, token, logprob, total) in enumerate(candidates):
-            longer = Beam([*old[beam].tokens, token], [*old[beam].logprobs, logprob], total)
-            if self._ends(longer):
-                if rank < size:  # the others are only there in case all of these end
-                    self.found.append((total / len(longer.tokens) ** self.how.length_penalty, longer))
-            elif len(going) < size:
-                going.append((beam, longer))
-        self.found = sorted(self.found, key=lambda one: -one[0])[:size]
-        if not going or not self._may_improve(going[0][1]):
+        size, old = self.params.num_beams, self.beams
+        continued: list[tuple[int, Beam]] = []
+        for rank, (index, token, logprob, total) in enumerate(candidates):
+            beam = Beam([*old[index].tokens, token], [*old[index].logprobs, logprob], total)
+            if self._ends(beam):
+                if rank < size:  # the other candidates are only there in case all of these end
+                    self.answers.append((total / len(beam.tokens) ** self.params.length_penalty, beam))
+            elif len(continued) < size:
+                continued.append((index, beam))
+        self.answers = sorted(self.answers, key=lambda answer: -answer[0])[:size]
+        if not continued or not self._may_improve(continued[0][1]):
             self.done = True
-        going += [(0, Beam([*old[0].tokens, 0], [*old[0].logprobs, 0.0], IMPOSSIBLE))] * (size - len(going))
-        self.beams = [beam for _, beam in going]
-        return [source for source, _ in going]
+        unused = (0, Beam([*old[0].tokens, 0], [*old[0].logprobs, 0.0], IMPOSSIBLE))
+        continued += [unused] * (size - len(continued))
+        self.beams = [beam for _, beam in continued]
+        return [index for index, _ in continued]
 
     def _ends(self, beam: Beam) -> bool:
-        rules = self.rules
-        if beam.tokens[-1] in rules.stop_tokens or len(beam.tokens) == rules.room:
+        criteria = self.criteria
+        if beam.tokens[-1] in criteria.stop_tokens or len(beam.tokens) == criteria.max_new_tokens:
             return True
-        if rules.decode is None or not rules.stops:
+        if criteria.decode is None or not criteria.stop_strings:
             return False
-        reach = 4 * max(map(len, rules.stops)) + 4  # the last token ends it: a character may take four
-        text = rules.decode(beam.tokens[-reach:])
-        return any(stop in text for stop in rules.stops)
+        reach = 4 * max(map(len, criteria.stop_strings)) + 4  # it ends in the last token; 4 bytes a character
+        text = criteria.decode(beam.tokens[-reach:])
+        return any(string in text for string in criteria.stop_strings)
 
     def _may_improve(self, best: Beam) -> bool:
-        """Whether beams that go on might still give a better answer than those found."""
-        if len(self.found) < self.how.num_beams:
+        """Whether the beams, of which this one is the best, might still become a better answer than those found."""
+        if len(self.answers) < self.params.num_beams:
             return True
-        if self.how.early_stopping is True:
+        if self.params.early_stopping is True:
             return False
-        penalty = self.how.length_penalty
-        to_the_end = self.how.early_stopping == "never" and penalty > 0
-        length = self.rules.room if to_the_end else len(best.tokens)
-        return best.total / length**penalty > self.found[-1][0]
-
-    def pieces(self, first_row: int) -> Iterator[Piece]:
-        """The best answers, one row each."""
-        for i, (score, beam) in enumerate(self.found[: self.how.num_return_sequences]):
-            answer = RowOutput(first_row + i, self.rules)
-            pieces = [piece for one in zip(beam.tokens, beam.logprobs, strict=True) for piece in answer.take(*one)]
-            for piece in (*pieces, *answer.end()):
-                yield piece._replace(score=score if piece.ended else None)
+        penalty = self.params.length_penalty
+        at_full_length = self.params.early_stopping == "never" and penalty > 0
+        length = self.criteria.max_new_tokens if at_full_length else len(best.tokens)
+        return best.total / length**penalty > self.answers[-1][0]
 
 
-def beam_search(
-    decoder: Any, prompts: list[list[int]], logits: torch.Tensor, how: SamplingParams, rules: list[StopCriteria]
-) -> Iterator[Piece]:
-    """Yield the best answers to prompts that have been read, when all are found.
+class BeamSearch:
+    """The searches for the answers to a batch of prompts: one row of the batch is one beam of one prompt.
 
     Args:
-        decoder: the `llama.decoding.Decoder` that has read them.
-        logits: those after the prompts, (prompts, vocab_size).
-        rules: room and what ends an answer, of each prompt.
+        prompts: ids, which `model` has been prefilled with.
+        criteria: what ends the answers to each prompt.
     """
-    size = how.num_beams
-    searches = [Search(how, rule) for rule in rules]
-    rows = [row for row in range(len(prompts)) for _ in range(size)]
-    decoder.reorder(rows, max(map(len, prompts)))
-    logits = logits.index_select(
-        0, torch.tensor(rows, dtype=torch.long, device=logits.device)
-    )  # (prompts * num_beams, vocab_size)
-    start_pos = decoder.first_positions([prompts[row] for row in rows])
-    end = max(map(len, prompts))
-    # So many that, if each beam's likeliest words are those that end it, enough others are left.
-    count = max(2, 1 + len(rules[0].stop_tokens)) * size
-    while True:
-        texts = [prompts[i] + beam.tokens for i, search in enumerate(searches) for beam in search.beams]
-        best = _best(decoder.model, texts, logits, searches, how, count)
+
+    def __init__(
+        self, model: LanguageModel, prompts: list[list[int]], params: SamplingParams, criteria: list[StopCriteria]
+    ) -> None:
+        self.model, self.prompts, self.params = model, prompts, params
+        self.searches = [PromptSearch(params, stops) for stops in criteria]
+        self.end = max(map(len, prompts))  # of the cache
+        # So many that, if each beam's likeliest tokens are those that end it, enough others are left.
+        self.n_candidates = max(2, 1 + len(criteria[0].stop_tokens)) * params.num_beams
+
+    @property
+    def done(self) -> bool:
+        return all(search.done for search in self.searches)
+
+    def select(self, logits: torch.Tensor) -> torch.Tensor:
+        """Advance every search: logits (prompts * num_beams, vocab_size) -> the last token of each beam, (rows)."""
+        candidates = self._candidates(logits)
         sources = []
-        for i, search in enumerate(searches):
-            sources += [i * size + beam for beam in search.advance(best[i])]
-        if all(search.done for search in searches):
-            break
-        end += 1
-        decoder.reorder(sources, min(end, decoder.model.params.max_seq_len))
-        ids = [beam.tokens[-1] if beam.tokens else 0 for search in searches for beam in search.beams]
-        logits = decoder.step(torch.tensor(ids, device=logits.device), start_pos)
-        start_pos = decoder.next_positions(start_pos)
-    for i, search in enumerate(searches):
-        yield from search.pieces(i * how.num_return_sequences)
+        for i, search in enumerate(self.searches):
+            sources += [i * self.params.num_beams + beam for beam in search.advance(candidates[i])]
+        if not self.done and isinstance(self.model, CachedModel):
+            rows = torch.tensor(sources, dtype=torch.long, device=device_of(self.model))
+            self.model.setup_cache().reorder(rows, self.end)
+            self.end += 1
+        beams = [beam for search in self.searches for beam in search.beams]
+        return torch.tensor([beam.tokens[-1] if beam.tokens else 0 for beam in beams], device=logits.device)
 
+    def pieces(self) -> Iterator[Piece]:
+        """The best answers, one row each."""
+        for i, search in enumerate(self.searches):
+            for j, (score, beam) in enumerate(search.answers[: self.params.num_return_sequences]):
+                output = RowOutput(i * self.params.num_return_sequences + j, search.criteria)
+                tokens = zip(beam.tokens, beam.logprobs, strict=True)
+                pieces = [piece for token, logprob in tokens for piece in output.append(token, logprob)]
+                for piece in (*pieces, *output.finish()):
+                    yield piece._replace(score=score if piece.ended else None)
 
-@torch.no_grad()
-def _best(
-    model: Any, texts: list[list[int]], logits: torch.Tensor, searches: list[Search], how: SamplingParams, count: int
-) -> list[list[tuple[int, int, float, float]]]:
-    """For each prompt, the `count` likeliest continuations of its beams: (beam, token, its logprob, total)."""
-    logprobs = torch.log_softmax(logits, dim=-1)  # (prompts * num_beams, vocab_size)
-    # What a logits_processor adds to a logit, it adds to the log-probability: as in Hugging Face's, those left don't
-    # add up to 1 any more.
-    changed = how.process(texts, logits) - logits.logsumexp(dim=-1, keepdim=True)
-    beams = [beam.total for search in searches for beam in search.beams]
-    totals = torch.tensor(beams, dtype=logits.dtype, device=logits.device)
-    vocab_size = logprobs.shape[-1]
-    sums = (changed + totals[:, None]).view(len(searches), -1)  # (prompts, num_beams * vocab_size)
-    values, places = sums.topk(min(count, sums.shape[-1]), dim=-1)
-    values, places = distributed.broadcast(values), distributed.broadcast(places)
-    own = logprobs.view(len(searches), -1).gather(-1, places)
-    best = []
-    for i, row in enumerate(zip(places.tolist(), own.tolist(), values.tolist(), strict=True)):
-        possible = [one for one in zip(*row, strict=True) if one[2] != -math.inf]
-        if not searches[i].done and (not possible or any(math.isnan(total) for _, _, total in possible)):
-            raise ArithmeticError(explain_non_finite(model, texts[i * how.num_beams], how.logits_processor is not None))
-        best.append([(place // vocab_size, place % vocab_size, logprob, total) for place, logprob, total in possible])
-    return best
+    def _candidates(self, logits: torch.Tensor) -> list[list[Candidate]]:
+        """For each prompt, the likeliest continuations of its beams, the likeliest first."""
+        beams = [beam for search in self.searches for beam in search.beams]
+        tokens = [self.prompts[i] + beam.tokens for i, search in enumerate(self.searches) for beam in search.beams]
+        logprobs = torch.log_softmax(logits, dim=-1)  # (prompts * num_beams, vocab_size)
+        # What a logits_processor adds to a logit, it adds to the log-probability: as in Hugging Face's, the
+        # probabilities that are left don't sum to 1 any more.
+        processed = self.params.process(self.model, tokens, logits) - logits.logsumexp(dim=-1, keepdim=True)
+        totals = torch.tensor([beam.total for beam in beams], dtype=logits.dtype, device=logits.device)
+        vocab_size = logprobs.shape[-1]
+        sums = (processed + totals[:, None]).view(len(self.searches), -1)  # (prompts, num_beams * vocab_size)
+        values, places = sums.topk(min(self.n_candidates, sums.shape[-1]), dim=-1)  # (prompts, n_candidates)
+        values, places = broadcast(values), broadcast(places)
+        own = logprobs.view(len(self.searches), -1).gather(-1, places)
+        candidates = []
+        for i, row in enumerate(zip(places.tolist(), own.tolist(), values.tolist(), strict=True)):
+            possible = [
+                Candidate(place // vocab_size, place % vocab_size, logprob, total)
+                for place, logprob, total in zip(*row, strict=True)
+                if total != -math.inf
+            ]
+            if not self.searches[i].done and (not possible or any(math.isnan(c.total) for c in possible)):
+                processed = self.params.logits_processor is not None
+                raise ArithmeticError(explain_non_finite(self.model, tokens[i * self.params.num_beams], processed))
+            candidates.append(possible)
+        return candidates

@@ -1,9 +1,9 @@
-"""The linear layer: every product of the network with a matrix of weights.
+"""Matrix products on a CPU: the quickest of the libraries behind torch's one product, for each shape and dtype.
 
-To draw a token each weight is read once, and used for as many numbers as there are rows: the time is the memory's. To
-read a prompt there are many rows, and the time is the arithmetic's. A CPU has three libraries behind torch's one
-product, each quick where the others are slow, and torch doesn't always take the quickest: here it is chosen.
-`benchmarks/README.md` has the numbers.
+To generate a token each weight is read once and used for as many numbers as there are rows, so that the time is the
+memory's; to prefill there are many rows, and the time is the arithmetic's. Three libraries (MKL, oneDNN and torch's own
+kernels) are each quick where the others are slow, and torch doesn't always take the quickest. `benchmarks/README.md`
+has the measurements. On other devices, and with gradients, `linear` is `F.linear`.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 
 MKL = torch.backends.mkl.is_available()
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-FEW_ROWS = 4  # up to so many, MKL's slices are faster in float32; with more, oneDNN
-NATIVE_ROWS = 2  # up to so many, torch's own products are faster than oneDNN's in 16 bits
-NATIVE = torch.__version__ >= "2.7"  # before that, they were slower than oneDNN's
+SLICED_ROWS = 4  # in float32: up to this many rows MKL with slices is faster, with more oneDNN
+NATIVE_ROWS = 2  # in 16 bits: up to this many rows torch's own kernels are faster than oneDNN
+NATIVE_IS_FAST = torch.__version__ >= "2.7"  # before, they were slower than oneDNN
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -34,19 +34,19 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.dtype != torch.float32 or not x.is_cpu or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight)
     rows = x.numel() // x.shape[-1]
-    if MKL and 0 < rows <= FEW_ROWS:
+    if MKL and 0 < rows <= SLICED_ROWS:
         return _sliced(x, weight, rows)
-    if ONEDNN and torch._C._get_mkldnn_enabled() and not torch.is_grad_enabled():  # for which it has no gradient
+    if ONEDNN and torch._C._get_mkldnn_enabled() and not torch.is_grad_enabled():  # it has no backward pass
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
         return y
     return F.linear(x, weight)
 
 
 def _sliced(x: torch.Tensor, weight: torch.Tensor, rows: int) -> torch.Tensor:
-    """`linear` of a few rows, as a batch of products.
+    """`linear` of a few rows, as a batch of products with slices of the weight.
 
-    MKL's plain product with a few rows keeps one core busy, or less. Its batched product gives each core a part of the
-    batch: so the matrix is made a batch of slices of itself, and the rows are columns to each.
+    MKL's plain product with a few rows keeps one core busy at most. Its batched product gives each core a part of the
+    batch, so the output features are cut into slices that make up a batch.
     """
     out_features, in_features = weight.shape
     slices = math.gcd(out_features, 4 * torch.get_num_threads())
@@ -57,20 +57,20 @@ def _sliced(x: torch.Tensor, weight: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 _lock = threading.Lock()
-_users = 0  # of native products, in all threads
-_onednn = True  # what the program had chosen before the first of them
+_active = 0  # `fast_products` blocks that have oneDNN switched off, in all threads
+_onednn_enabled = True  # what the program had chosen before the first of them
 
 
 @contextlib.contextmanager
-def native_products(rows: int, weight: torch.Tensor) -> Iterator[None]:
-    """Within, products of this many rows with weights like this one are made by whatever is fastest.
+def fast_products(rows: int, weight: torch.Tensor) -> Iterator[None]:
+    """Choose the fastest library for products of `rows` rows with weights of this dtype and device, within the block.
 
-    For one row in bfloat16 or float16 on a CPU that is torch's own product, at three times oneDNN's speed; and oneDNN
-    can only be told to stand aside by a switch of the whole process.
+    For one or two rows in bfloat16 or float16 that is torch's own kernel, three times as fast as oneDNN. It can only be
+    chosen by a switch of the whole process, which is put back when the last block ends.
     """
-    global _users, _onednn
+    global _active, _onednn_enabled
     if (
-        not NATIVE
+        not NATIVE_IS_FAST
         or rows > NATIVE_ROWS
         or weight.dtype not in (torch.bfloat16, torch.float16)
         or weight.device.type != "cpu"
@@ -79,14 +79,14 @@ def native_products(rows: int, weight: torch.Tensor) -> Iterator[None]:
         yield
         return
     with _lock:
-        if _users == 0:
-            _onednn = torch._C._get_mkldnn_enabled()
+        if _active == 0:
+            _onednn_enabled = torch._C._get_mkldnn_enabled()
             torch._C._set_mkldnn_enabled(False)
-        _users += 1
+        _active += 1
     try:
         yield
     finally:
         with _lock:
-            _users -= 1
-            if _users == 0:
-                torch._C._set_mkldnn_enabled(_onednn)
+            _active -= 1
+            if _active == 0:
+                torch._C._set_mkldnn_enabled(_onednn_enabled)

@@ -2,10 +2,10 @@
 
     tokens -> tok_embeddings -> n_layers x [attention, feed_forward] -> norm -> output -> logits
 
-Words for the dimensions, the same throughout: `batch` rows, `seq` tokens of this call, `end` tokens that can be
-attended to (the cache's and this call's), `dim` features, `n_heads` query heads, `n_kv_heads` key/value heads,
-`head_dim` features a head. Under tensor parallelism a process holds its share of the heads, the feed-forward width
-and the words; the `n_local_` counts are that share.
+Dimensions in comments: `batch` rows, `seq` tokens of this call, `end` positions that can be attended to (the cache's
+and this call's), `dim` features, `n_heads` query heads, `n_kv_heads` key/value heads, `head_dim` features a head. Under
+tensor parallelism a process holds its share of the heads, the feed-forward width and the vocabulary; the `n_local_`
+counts are that share.
 
 Sources: Llama 2 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783).
 """
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llama.cpu_matmul import native_products
+from llama.cpu_matmul import fast_products
 from llama.distributed import model_parallel_size
 from llama.errors import InputError
 from llama.model_args import ModelArgs, feed_forward_size
@@ -58,22 +58,23 @@ def precompute_freqs_cis(
 ) -> torch.Tensor:
     """The rotations of rotary embedding (arXiv 2104.09864): e^(i pos theta^(-2j/dim)).
 
-    With `use_scaled`, Llama 3.1's stretching to longer contexts: a frequency whose wavelength is longer than
-    `original_max_seq_len / low_freq_factor` is divided by `scaling_factor`, one whose wavelength is shorter than
-    `original_max_seq_len / high_freq_factor` stays, and between them the two are blended.
+    `use_scaled` extends the context as Llama 3.1 does: frequencies with a wavelength above
+    `original_max_seq_len / low_freq_factor` are divided by `scaling_factor`, those with a wavelength below
+    `original_max_seq_len / high_freq_factor` are kept, and those between are interpolated.
 
     Args:
         dim: features a head.
         end: number of positions.
-        divisors: what to divide the frequencies by besides: one number for each of the dim / 2, or one for all.
+        divisors: further divisors of the frequencies: one for each of the dim / 2, or one for all.
 
     Returns:
         complex64 (end, dim / 2), on the CPU.
     """
     freqs = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)  # (dim / 2)
     if use_scaled:
-        turns = original_max_seq_len * freqs / (2 * math.pi)  # that fit into the original context
-        keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+        wavelengths = 2 * math.pi / freqs
+        keep = (original_max_seq_len / wavelengths - low_freq_factor) / (high_freq_factor - low_freq_factor)
+        keep = keep.clamp(0, 1)
         freqs = (1 - keep) * freqs / scaling_factor + keep * freqs
     if divisors is not None:
         freqs = freqs / torch.tensor(divisors, dtype=torch.float32, device="cpu")
@@ -82,21 +83,22 @@ def precompute_freqs_cis(
 
 
 def reshape_for_broadcast(freqs_cis: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Give `freqs_cis`, (seq, head_dim / 2) or (batch, seq, head_dim / 2), room for the heads of x.
+    """Insert a heads dimension, so that the rotations broadcast over x.
 
     Args:
+        freqs_cis: (seq, head_dim / 2), or (batch, seq, head_dim / 2) where rows stand at different positions.
         x: (batch, seq, heads, head_dim / 2)
 
     Returns:
         (1 or batch, seq, 1, head_dim / 2)
     """
     if freqs_cis.shape[-2:] != (x.shape[1], x.shape[-1]):
-        raise InputError(f"rotations of shape {tuple(freqs_cis.shape)} don't fit a tensor of shape {tuple(x.shape)}")
-    return (freqs_cis if freqs_cis.dim() == 3 else freqs_cis[None]).unsqueeze(2)
+        raise InputError(f"freqs_cis of shape {tuple(freqs_cis.shape)} don't fit a tensor of shape {tuple(x.shape)}")
+    return freqs_cis.unsqueeze(-2) if freqs_cis.dim() == 3 else freqs_cis[None, :, None]
 
 
 def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn each pair of neighbouring features (2j, 2j + 1) by its position's angle, in float32.
+    """Rotate each pair of neighbouring features (2j, 2j + 1) by its position's angle, in float32.
 
     Hugging Face pairs feature j with j + head_dim / 2 instead, which is why its wq and wk have their rows in another
     order.
@@ -104,82 +106,84 @@ def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor
     Args:
         xq: (batch, seq, n_heads, head_dim)
         xk: (batch, seq, n_kv_heads, head_dim)
-        freqs_cis: the rotations of these positions: (seq, head_dim / 2), or with a batch dimension before.
+        freqs_cis: see `reshape_for_broadcast`.
 
     Returns:
-        xq and xk, turned; shapes and dtypes as they came.
+        xq and xk, rotated, with the shapes and dtypes they came with.
     """
-    rotations = reshape_for_broadcast(freqs_cis, xq.unflatten(-1, (-1, 2))[..., 0])
-    return turn(xq, rotations), turn(xk, rotations)
-
-
-def turn(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-    """`apply_rotary_emb` of one tensor, (batch, seq, heads, head_dim), by (1 or batch, seq, 1, head_dim / 2)."""
-    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))  # (batch, seq, heads, head_dim / 2)
-    return torch.view_as_real(pairs * rotations).view(x.shape).type_as(x)
+    xq_pairs = torch.view_as_complex(xq.float().reshape(*xq.shape[:-1], -1, 2))  # (batch, seq, n_heads, head_dim / 2)
+    xk_pairs = torch.view_as_complex(xk.float().reshape(*xk.shape[:-1], -1, 2))
+    freqs_cis = reshape_for_broadcast(freqs_cis, xq_pairs)
+    xq_rotated = torch.view_as_real(xq_pairs * freqs_cis).flatten(-2)  # (batch, seq, n_heads, head_dim)
+    xk_rotated = torch.view_as_real(xk_pairs * freqs_cis).flatten(-2)
+    return xq_rotated.type_as(xq), xk_rotated.type_as(xk)
 
 
 def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
-    """Each kv head `n_rep` times in a row: (batch, seq, n_kv_heads, head_dim) -> (batch, seq, n_kv_heads * n_rep, ...).
+    """Repeat each kv head: (batch, seq, n_kv_heads, head_dim) -> (batch, seq, n_kv_heads * n_rep, head_dim).
 
     This is what grouped queries mean. `Attention` gets the same result without the copies.
     """
     return x.repeat_interleave(n_rep, dim=2)
 
 
-class Span(NamedTuple):
-    """Where the tokens of one call stand in their sequences: worked out once, used by every layer."""
-
-    rotations: torch.Tensor  # of rotary embedding: (1 or batch, seq, 1, head_dim / 2)
-    slots: tuple[Any, ...]  # the tokens' own, an index into (batch, n_kv_heads, end, head_dim) of a layer's cache
-    end: int  # how far the row that reads furthest reads
-    mask: torch.Tensor | None  # (1 or batch, 1, seq, end), True: may attend. None: to all up to itself
-
-
 class LayerCache(NamedTuple):
-    """What of a layer's cache a call uses: keys and values, (batch, n_kv_heads, end, head_dim) each."""
+    """The part of one layer's cache that a call uses."""
 
-    keys: torch.Tensor
+    keys: torch.Tensor  # (batch, n_kv_heads, end, head_dim)
     values: torch.Tensor
+    slots: tuple[Any, ...]  # index of this call's tokens in them
 
-    def update(self, span: Span, xk: torch.Tensor, xv: torch.Tensor) -> "LayerCache":
-        """Store the keys and values of this call's tokens, (batch, n_kv_heads, seq, head_dim); return all so far."""
-        self.keys[span.slots] = xk
-        self.values[span.slots] = xv
-        return self
+    def update(self, xk: torch.Tensor, xv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store this call's keys and values, (batch, n_kv_heads, seq, head_dim), and return all up to `end`."""
+        self.keys[self.slots] = xk
+        self.values[self.slots] = xv
+        return self.keys, self.values
 
 
 class KVCache:
-    """The keys and values of every token read so far, so that each token passes through the network once.
+    """The keys and values of the tokens so far, so that each token passes through the network once.
 
-    Its memory is taken when it is made: 2 x n_layers x batch x n_kv_heads x max_seq_len x head_dim numbers.
+    Takes 2 * n_layers * max_batch_size * n_kv_heads * max_seq_len * head_dim elements when it is made.
+
+    Attributes:
+        tokens: of each row, the ids whose keys and values are known to be there; a call that reuses the cache looks
+            here. Empty whenever that isn't known.
     """
 
-    def __init__(self, args: ModelArgs, *, device: torch.device, dtype: torch.dtype) -> None:
-        kv_heads = local_kv_heads(args.kv_heads)
-        shape = (args.n_layers, args.max_batch_size, kv_heads, args.max_seq_len, args.head_size)
-        with torch.inference_mode(False):  # tensors born in inference mode could not be written to outside of it
-            # Zeros, since a masked slot has a weight of 0, and 0 times a NaN that happens to lie there would be NaN.
+    def __init__(
+        self,
+        n_layers: int,
+        max_batch_size: int,
+        n_kv_heads: int,
+        max_seq_len: int,
+        head_dim: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (n_layers, max_batch_size, n_kv_heads, max_seq_len, head_dim)
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
+            # Zeros, since a masked position has weight 0, and 0 times a NaN that happens to lie there would be NaN.
             self.keys = torch.zeros(shape, device=device, dtype=dtype)
             self.values = torch.zeros_like(self.keys)
-        # The ids of each row whose keys and values are there, as far as its user has said so since its last use.
-        self.held: list[list[int]] = []
+        self.tokens: list[list[int]] = []
 
-    def layers(self, batch: int, end: int) -> list[LayerCache]:
+    def layers(self, batch: int, end: int, slots: tuple[Any, ...]) -> list[LayerCache]:
         """Of each layer, the first `batch` rows up to position `end`."""
-        keys, values = (tensor[:, :batch, :, :end].unbind(0) for tensor in (self.keys, self.values))
-        return [LayerCache(*layer) for layer in zip(keys, values, strict=True)]
+        keys, values = self.keys[:, :batch, :, :end].unbind(0), self.values[:, :batch, :, :end].unbind(0)
+        return [LayerCache(k, v, slots) for k, v in zip(keys, values, strict=True)]
 
     def reorder(self, rows: torch.Tensor, end: int) -> None:
-        """Let row i hold what row `rows[i]` holds, up to position `end`."""
-        self.held = []
+        """Make row i hold what row `rows[i]` holds, up to position `end`."""
+        self.tokens = []
         for tensor in (*self.keys, *self.values):  # a layer at a time, so that the copies stay small
             tensor[: len(rows), :, :end] = tensor[:, :, :end].index_select(0, rows)
 
-    def clear(self, start: int, stop: int) -> None:
-        """Forget what earlier calls left at these positions."""
-        self.keys[..., start:stop, :] = 0
-        self.values[..., start:stop, :] = 0
+    def clear(self, start: int, end: int) -> None:
+        """Set positions from `start` to `end` to zeros."""
+        self.keys[..., start:end, :] = 0
+        self.values[..., start:end, :] = 0
 
 
 class Attention(nn.Module):
@@ -187,9 +191,8 @@ class Attention(nn.Module):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        size = model_parallel_size()
         self.head_dim = args.head_size
-        self.n_local_heads = args.n_heads // size
+        self.n_local_heads = args.n_heads // model_parallel_size()
         self.n_local_kv_heads = local_kv_heads(args.kv_heads)
         self.n_rep = self.n_local_heads // self.n_local_kv_heads
         self.wq = ColumnParallelLinear(args.dim, args.n_heads * self.head_dim)
@@ -197,25 +200,28 @@ class Attention(nn.Module):
         self.wv = KVHeadParallelLinear(args.dim, args.kv_heads, self.head_dim)
         self.wo = RowParallelLinear(args.n_heads * self.head_dim, args.dim)
 
-    def forward(self, x: torch.Tensor, span: Span, cache: LayerCache | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, freqs_cis: torch.Tensor, mask: torch.Tensor | None, cache: LayerCache | None
+    ) -> torch.Tensor:
         batch, seq, _ = x.shape  # (batch, seq, dim)
         xq, xk, xv = self.wq(x), self.wk(x), self.wv(x)
         xq = xq.view(batch, seq, self.n_local_heads, self.head_dim)
         xk = xk.view(batch, seq, self.n_local_kv_heads, self.head_dim)
         xv = xv.view(batch, seq, self.n_local_kv_heads, self.head_dim)
-        xq, xk = turn(xq, span.rotations), turn(xk, span.rotations)
+        xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
         xq, xk, xv = xq.transpose(1, 2), xk.transpose(1, 2), xv.transpose(1, 2)  # (batch, heads, seq, head_dim)
         if cache is not None:
-            xk, xv = cache.update(span, xk, xv)  # (batch, n_local_kv_heads, end, head_dim)
+            xk, xv = cache.update(xk, xv)  # (batch, n_local_kv_heads, end, head_dim)
 
-        if span.mask is None and seq > 1:
+        if mask is None and seq > 1:
             out = F.scaled_dot_product_attention(xq, xk, xv, is_causal=True, enable_gqa=self.n_rep > 1)
         else:
-            # The n_rep query heads that share a kv head are laid as rows of one head: plain attention, on any device.
-            rows = xq.reshape(batch, self.n_local_kv_heads, self.n_rep * seq, self.head_dim)
-            mask = None if span.mask is None else span.mask.repeat(1, 1, self.n_rep, 1)
-            out = F.scaled_dot_product_attention(rows, xk, xv, attn_mask=mask).reshape(xq.shape)
-        return self.wo(out.transpose(1, 2).flatten(2))  # (batch, n_local_heads, seq, head_dim) -> (batch, seq, dim)
+            # The n_rep query heads that share a kv head become rows of one head: plain attention, on any device.
+            xq = xq.reshape(batch, self.n_local_kv_heads, self.n_rep * seq, self.head_dim)
+            mask = None if mask is None else mask.repeat(1, 1, self.n_rep, 1)
+            out = F.scaled_dot_product_attention(xq, xk, xv, attn_mask=mask)
+        out = out.reshape(batch, self.n_local_heads, seq, self.head_dim)
+        return self.wo(out.transpose(1, 2).flatten(2))  # (batch, seq, dim)
 
 
 class FeedForward(nn.Module):
@@ -240,7 +246,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """One layer: attention, then feed-forward, each on a normed copy of the stream that it is added to."""
+    """One layer: attention, then feed-forward, each on the normalized residual stream and added to it."""
 
     def __init__(self, layer_id: int, args: ModelArgs) -> None:
         super().__init__()
@@ -250,8 +256,10 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
 
-    def forward(self, x: torch.Tensor, span: Span, cache: LayerCache | None) -> torch.Tensor:
-        h = x + self.attention(self.attention_norm(x), span, cache)
+    def forward(
+        self, x: torch.Tensor, freqs_cis: torch.Tensor, mask: torch.Tensor | None, cache: LayerCache | None
+    ) -> torch.Tensor:
+        h = x + self.attention(self.attention_norm(x), freqs_cis, mask, cache)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
@@ -277,7 +285,7 @@ class Transformer(nn.Module):
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
         if params.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        # No buffer: `.half()` or `.to(bfloat16)` would cast it, and it isn't part of a checkpoint.
+        # Not a buffer: `.half()` or `.to(bfloat16)` would cast it, and it isn't part of a checkpoint.
         self.freqs_cis = precompute_freqs_cis(
             params.head_size,
             params.max_seq_len,
@@ -292,14 +300,14 @@ class Transformer(nn.Module):
         self.cache: KVCache | None = None
 
     def forward(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of the token after each of `tokens`.
+        """The logits of the token after each of `tokens`.
 
         Args:
             tokens: (batch, seq) int64.
             start_pos: the position of each row's first token: an int, or (batch,) int64 where rows differ (best on the
-                CPU: the largest one is needed there). The keys and values of what came before are taken from the
-                cache, and those of `tokens` put into it, without gradients. None: `tokens` are whole sequences, no
-                cache is read or written, and gradients flow.
+                CPU: the largest is needed there). Earlier keys and values are taken from the cache, and those of
+                `tokens` are added to it, without gradients. None: `tokens` are whole sequences, the cache is neither
+                used nor changed, and gradients flow.
 
         Returns:
             (batch, seq, vocab_size) float32.
@@ -307,66 +315,90 @@ class Transformer(nn.Module):
         Raises:
             InputError: more rows or positions than `max_batch_size` or `max_seq_len`.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and start_pos is None):
-            return self.logits(self.hidden_states(tokens, start_pos))
+        gradients = torch.is_grad_enabled() and start_pos is None
+        with torch.set_grad_enabled(gradients), fast_products(tokens.numel(), self.norm.weight):
+            return self.output(self._hidden_states(tokens, start_pos)).float()
 
     def hidden_states(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None = None) -> torch.Tensor:
-        """`forward` up to the last norm: (batch, seq, dim). `logits` of some positions of it is the rest."""
+        """`forward` without its last step: (batch, seq, dim). `logits` of the positions that are needed is the rest."""
         gradients = torch.is_grad_enabled() and start_pos is None
-        with torch.set_grad_enabled(gradients), native_products(tokens.numel(), self.norm.weight):
-            h = self.tok_embeddings(tokens)  # (batch, seq, dim)
-            span = self._span(tokens, start_pos)
-            caches: Sequence[LayerCache | None] = [None] * self.n_layers
-            if start_pos is not None:
-                cache = self.setup_cache()
-                cache.held, caches = [], cache.layers(len(tokens), span.end)
-            for layer, layer_cache in zip(self.layers, caches, strict=True):
-                h = layer(h, span, layer_cache)
-            return self.norm(h)
+        with torch.set_grad_enabled(gradients), fast_products(tokens.numel(), self.norm.weight):
+            return self._hidden_states(tokens, start_pos)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., dim) -> (..., vocab_size) float32."""
-        with native_products(hidden_states.shape[:-1].numel(), self.norm.weight):
+        with fast_products(hidden_states.shape[:-1].numel(), self.norm.weight):
             return self.output(hidden_states).float()
 
     def setup_cache(self) -> KVCache:
-        """The cache, made now if there is none yet, or if the model has since changed its device or dtype."""
-        cache, weight = self.cache, self.norm.weight
+        """The cache; made now if there is none yet, or if the model has since changed its device or dtype."""
+        cache, weight, args = self.cache, self.norm.weight, self.params
         if cache is None or (cache.keys.device, cache.keys.dtype) != (weight.device, weight.dtype):
-            cache = self.cache = None  # its memory goes before new memory is taken
-            cache = self.cache = KVCache(self.params, device=weight.device, dtype=weight.dtype)
+            cache = self.cache = None  # frees its memory before new memory is taken
+            sizes = (
+                args.n_layers,
+                args.max_batch_size,
+                local_kv_heads(args.kv_heads),
+                args.max_seq_len,
+                args.head_size,
+            )
+            cache = self.cache = KVCache(*sizes, device=weight.device, dtype=weight.dtype)
         return cache
 
-    def _span(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None) -> Span:
+    def _hidden_states(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None) -> torch.Tensor:
+        end = self._check(tokens, start_pos)
+        h = self.tok_embeddings(tokens)  # (batch, seq, dim)
+        freqs_cis, mask, slots = self._positions(tokens, 0 if start_pos is None else start_pos, end)
+        caches: Sequence[LayerCache | None] = [None] * self.n_layers
+        if start_pos is not None:
+            cache = self.setup_cache()
+            cache.tokens, caches = [], cache.layers(len(tokens), end, slots)
+        for layer, layer_cache in zip(self.layers, caches, strict=True):
+            h = layer(h, freqs_cis, mask, layer_cache)
+        return self.norm(h)
+
+    def _check(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None) -> int:
+        """The position after the last of `tokens` in any row. InputError if they don't fit the cache."""
         if tokens.dim() != 2:
             raise InputError(f"tokens must be (batch, seq), not of shape {tuple(tokens.shape)}")
-        (batch, seq), device = tokens.shape, tokens.device
-        start = 0 if start_pos is None else start_pos
-        if isinstance(start, torch.Tensor):
-            if start.shape != (batch,):
-                raise InputError(f"start_pos must have a position for each of {batch} rows, not {tuple(start.shape)}")
-            first, last = int(start.min()), int(start.max())
-        else:
-            first = last = start
-        end = last + seq
+        batch, seq = tokens.shape
+        first = last = 0 if start_pos is None else start_pos
+        if isinstance(start_pos, torch.Tensor):
+            if start_pos.shape != (batch,):
+                raise InputError(
+                    f"start_pos must be one position for each of {batch} rows, not {tuple(start_pos.shape)}"
+                )
+            first, last = int(start_pos.min()), int(start_pos.max())
         if first < 0:
             raise InputError(f"start_pos={first} must be at least 0")
-        if end > self.params.max_seq_len:
-            raise InputError(f"position {end - 1} is past the end: max_seq_len={self.params.max_seq_len}")
+        if last + seq > self.params.max_seq_len:
+            raise InputError(f"position {last + seq - 1} is past the end: max_seq_len={self.params.max_seq_len}")
         if start_pos is not None and batch > self.params.max_batch_size:
             raise InputError(f"{batch} rows are more than max_batch_size={self.params.max_batch_size}")
+        return int(last + seq)
+
+    def _positions(
+        self, tokens: torch.Tensor, start_pos: int | torch.Tensor, end: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[Any, ...]]:
+        """What every layer needs to know of the positions of `tokens`, (batch, seq).
+
+        Returns:
+            freqs_cis: their rotations, (seq, head_dim / 2), or (batch, seq, head_dim / 2) where rows differ.
+            mask: True where a token may attend, (1 or batch, 1, seq, end); None if to all positions up to its own.
+            slots: their index into (batch, n_kv_heads, end, head_dim) of a layer's cache.
+        """
+        (batch, seq), device = tokens.shape, tokens.device
         if self.freqs_cis.device != device:
             with torch.inference_mode(False):
                 self.freqs_cis = self.freqs_cis.to(device)
-
-        if isinstance(start, torch.Tensor):
-            positions = start.to(device)[:, None] + torch.arange(seq, device=device)  # (batch, seq)
-            visible = torch.arange(end, device=device) <= positions[:, None, :, None]  # (batch, 1, seq, end)
+        if isinstance(start_pos, torch.Tensor):
+            positions = start_pos.to(device)[:, None] + torch.arange(seq, device=device)  # (batch, seq)
+            mask = torch.arange(end, device=device) <= positions[:, None, :, None]  # (batch, 1, seq, end)
             rows = torch.arange(batch, device=device)[:, None, None]
             heads = torch.arange(local_kv_heads(self.params.kv_heads), device=device)[:, None]
-            return Span(self.freqs_cis[positions].unsqueeze(2), (rows, heads, positions[:, None]), end, visible)
-        mask: torch.Tensor | None = None
-        if start > 0 and seq > 1:  # later chunk: query i stands at start + i
-            mask = torch.ones(seq, end, dtype=torch.bool, device=device).tril(start)[None, None]  # (1, 1, seq, end)
-        slots = (..., slice(start, end), slice(None))
-        return Span(self.freqs_cis[start:end].unsqueeze(1)[None], slots, end, mask)
+            return self.freqs_cis[positions], mask, (rows, heads, positions[:, None])
+        slots = (..., slice(start_pos, end), slice(None))
+        if start_pos == 0 or seq == 1:
+            return self.freqs_cis[start_pos:end], None, slots
+        mask = torch.ones(seq, end, dtype=torch.bool, device=device).tril(start_pos)  # query i stands at start_pos + i
+        return self.freqs_cis[start_pos:end], mask[None, None], slots

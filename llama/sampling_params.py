@@ -1,4 +1,4 @@
-"""What a call can ask for: how tokens are chosen, and when an answer ends."""
+"""What a call can ask for: how tokens are chosen, when an answer ends, and what is returned."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +10,8 @@ from typing import Any, Literal, TypedDict
 import torch
 
 from llama.errors import InputError
+from llama.model_lock import lock_of
+from llama.protocols import LanguageModel
 
 LogitsProcessor = Callable[[list[list[int]], torch.Tensor], torch.Tensor]
 
@@ -17,18 +19,18 @@ LogitsProcessor = Callable[[list[list[int]], torch.Tensor], torch.Tensor]
 class SamplingOptions(TypedDict, total=False):
     """The keyword arguments that `Llama.generate`, `text_completion`, `chat_completion` and their streams share."""
 
-    top_k: int | None  # draw from this many of the likeliest tokens; then from the nucleus of these
+    top_k: int | None  # sample from this many of the likeliest tokens; then from the nucleus of these
     num_return_sequences: int  # answers to each prompt: first all of the first prompt's, then all of the second's, …
-    num_beams: int  # with more than 1, search for the likeliest answer, this many at a time, instead of drawing
+    num_beams: int  # above 1: beam search with this many beams, instead of sampling
     length_penalty: float  # a beam's score is its log-probability / length ** length_penalty
-    # True: the search ends with num_beams answers found. False: when the best beam's score, for its length so far, is
-    # no better than theirs. "never": when its score for the greatest length isn't.
+    # When beam search ends. True: when num_beams answers are finished. False: when the best beam's score at its present
+    # length is no better than theirs. "never": when its score at the greatest length isn't.
     early_stopping: bool | Literal["never"]
-    stop: str | Iterable[str] | None  # texts that end an answer, and aren't part of it
+    stop: str | Iterable[str] | None  # strings that end an answer, and aren't part of it
     logits_processor: LogitsProcessor | None  # (each row's ids so far, logits (rows, vocab_size)) -> logits
-    seed: int | None  # draw from a generator of this call's own
-    reuse_cache: bool  # read only what the cache doesn't hold yet of the last call's prompts and answers. (Whoever
-    # changes the weights in between must not ask for it.)
+    seed: int | None  # sample with a generator of this call's own
+    reuse_cache: bool  # prefill only what the cache doesn't hold yet of the last call's prompts and answers. (Don't ask
+    # for it after changing the weights.)
 
 
 @dataclass(frozen=True)
@@ -37,122 +39,136 @@ class SamplingParams:
 
     Raises:
         InputError: a value out of range, or a combination that makes no sense.
-        TypeError: an argument there isn't.
+        TypeError: an unknown argument.
     """
 
     max_gen_len: int
     temperature: float = 0.6
     top_p: float = 0.9
+    logprobs: bool = False
+    echo: bool = False
     _: KW_ONLY
     top_k: int | None = None
     num_return_sequences: int = 1
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
-    stop: str | Iterable[str] | None = None
+    stop: str | Iterable[str] | None = ()  # after the check always a tuple
     logits_processor: LogitsProcessor | None = None
     seed: int | None = None
     reuse_cache: bool = False
 
     def __post_init__(self) -> None:
-        if self.stop is not None:
-            texts = (self.stop,) if isinstance(self.stop, str) else self.stop
-            if not isinstance(texts, Iterable):
-                raise InputError(f"stop={self.stop!r:.80} must be a text or a list of texts")
-            object.__setattr__(self, "stop", tuple(texts))
-        check_count("max_gen_len", self.max_gen_len, 0)
-        if not is_number(self.temperature) or not math.isfinite(self.temperature) or self.temperature < 0:
-            raise InputError(f"temperature={self.temperature!r} must be a number of at least 0")
+        check_number("max_gen_len", self.max_gen_len, 0, integer=True)
+        check_number("temperature", self.temperature, 0)
         if 0 < self.temperature < 1e-30:
             raise InputError(f"temperature={self.temperature!r} is too small to divide by; 0 takes the likeliest token")
-        if not is_number(self.top_p) or not 0 <= self.top_p <= 1:
-            raise InputError(f"top_p={self.top_p!r} must be between 0 and 1")
+        check_number("top_p", self.top_p, 0, 1)
+        check_number("num_return_sequences", self.num_return_sequences, 1, integer=True)
+        check_number("num_beams", self.num_beams, 1, integer=True)
+        check_number("length_penalty", self.length_penalty, -20, 20)
         if self.top_k is not None:
-            check_count("top_k", self.top_k, 1)
-        check_count("num_return_sequences", self.num_return_sequences, 1)
-        check_count("num_beams", self.num_beams, 1)
-        if not is_number(self.length_penalty) or not -20 <= self.length_penalty <= 20:
-            raise InputError(f"length_penalty={self.length_penalty!r} must be a number between -20 and 20")
+            check_number("top_k", self.top_k, 1, integer=True)
+        if self.seed is not None:
+            check_number("seed", self.seed, 0, 2**64 - 1, integer=True)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise InputError(f"early_stopping={self.early_stopping!r} must be True, False or 'never'")
-        if not all(isinstance(text, str) and text for text in self.stop_texts):
-            raise InputError(f"stop={self.stop!r:.80} must be a text or a list of texts, none of them empty")
         if self.logits_processor is not None and not callable(self.logits_processor):
             raise InputError(
                 f"logits_processor={self.logits_processor!r:.80} must be a function (tokens, logits) -> logits"
             )
-        if self.seed is not None:
-            check_count("seed", self.seed, 0)
-            if self.seed >= 2**64:
-                raise InputError(f"seed={self.seed} must be below 2**64")
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
+        stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Iterable):
+            raise InputError(f"stop={stop!r:.80} must be a string or a list of strings")
+        object.__setattr__(self, "stop", tuple(stop))  # the dataclass is frozen
+        if not all(isinstance(string, str) and string for string in self.stop_strings):
+            raise InputError(f"stop={self.stop!r:.80} must be a string or a list of strings, none of them empty")
         if self.num_beams > 1:
-            # The defaults of temperature and top_p can't be told from what wasn't said.
-            if self.temperature not in (0, 0.6) or self.top_p not in (1, 0.9):
+            self._check_beam_search()
+        elif self.length_penalty != 1 or self.early_stopping is not False:
+            raise InputError("length_penalty and early_stopping are for beams: give num_beams, too, or leave them out")
+        elif self.num_return_sequences > 1 and (self.temperature == 0 or self.top_p == 0 or self.top_k == 1):
+            raise InputError(
+                f"num_return_sequences={self.num_return_sequences} answers would all be the same, since the likeliest "
+                f"token is taken each time: give a temperature above 0, or num_beams"
+            )
+        if self.reuse_cache and self.echo and self.logprobs:
+            raise InputError(
+                "reuse_cache=True leaves out what echo and logprobs together need: every token of the prompt"
+            )
+
+    def _check_beam_search(self) -> None:
+        values = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "seed": self.seed}
+        # The defaults of temperature and top_p can't be told from arguments that were left out.
+        unused = {"temperature": (0, 0.6), "top_p": (1, 0.9), "top_k": (None,), "seed": (None,)}
+        for name, value in values.items():
+            if value not in unused[name]:
                 raise InputError(
-                    f"num_beams={self.num_beams} searches for the likeliest answer and draws nothing, so that "
-                    f"temperature={self.temperature} and top_p={self.top_p} mean nothing: leave them out"
+                    f"num_beams={self.num_beams} searches for the likeliest answer and samples nothing, so that "
+                    f"{name}={value} means nothing: leave it out"
                 )
-            for name in ("top_k", "seed"):
-                if getattr(self, name) is not None:
-                    raise InputError(
-                        f"num_beams={self.num_beams} searches for the likeliest answer and draws nothing, so that "
-                        f"{name}={getattr(self, name)} means nothing: leave it out"
-                    )
-            if self.num_return_sequences > self.num_beams:
-                raise InputError(
-                    f"num_return_sequences={self.num_return_sequences} is more than the num_beams={self.num_beams} "
-                    f"answers that are found"
-                )
-        else:
-            if self.length_penalty != 1 or self.early_stopping is not False:
-                raise InputError(
-                    "length_penalty and early_stopping are for beams: give num_beams, too, or leave them out"
-                )
-            if self.num_return_sequences > 1 and (self.temperature == 0 or self.top_p == 0 or self.top_k == 1):
-                raise InputError(
-                    f"num_return_sequences={self.num_return_sequences} answers would all be the same, since the "
-                    f"likeliest token is taken each time: give a temperature above 0, or num_beams"
-                )
+        if self.num_return_sequences > self.num_beams:
+            raise InputError(
+                f"num_return_sequences={self.num_return_sequences} is more than the num_beams={self.num_beams} answers "
+                f"that are found"
+            )
 
     @property
-    def stop_texts(self) -> tuple[Any, ...]:
+    def stop_strings(self) -> tuple[str, ...]:
         return tuple(self.stop or ())
 
     def generator(self, device: torch.device) -> torch.Generator | None:
-        """This call's own source of randomness, or None for torch's default one."""
+        """This call's own random generator, or None for torch's default one."""
         return None if self.seed is None else torch.Generator(device).manual_seed(int(self.seed))
 
-    def process(self, texts: list[list[int]], logits: torch.Tensor) -> torch.Tensor:
-        """The logits, (rows, vocab_size) float32, as the call's logits_processor has them."""
+    def process(self, model: LanguageModel, tokens: list[list[int]], logits: torch.Tensor) -> torch.Tensor:
+        """The logits, (rows, vocab_size) float32, after the call's logits_processor.
+
+        Args:
+            model: where they come from; the logits_processor can't make a call on it.
+            tokens: of each row, prompt and answer so far.
+
+        Raises:
+            InputError: it returned something else than logits of this shape.
+        """
         if self.logits_processor is None:
             return logits
-        found = self.logits_processor(texts, logits.clone())
-        if not isinstance(found, torch.Tensor) or found.shape != logits.shape:
+        with lock_of(model).calling_processor():
+            processed = self.logits_processor(tokens, logits.clone())
+        if not isinstance(processed, torch.Tensor) or processed.shape != logits.shape:
             raise InputError(
                 f"logits_processor must return logits of shape {tuple(logits.shape)}, not "
-                f"{tuple(found.shape) if isinstance(found, torch.Tensor) else found!r}"
+                f"{tuple(processed.shape) if isinstance(processed, torch.Tensor) else processed!r}"
             )
-        return found.to(logits)
+        return processed.to(logits)
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value is a real number, of Python or numpy, and no flag."""
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raise InputError if an argument is no whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise InputError(f"{name}={value!r} must be a whole number of at least {least}")
+def check_number(name: str, value: Any, minimum: float, maximum: float = math.inf, *, integer: bool = False) -> None:
+    """Raise InputError if an argument is no number (of Python or numpy) between `minimum` and `maximum`."""
+    if isinstance(value, bool) or not isinstance(value, Integral if integer else Real) or not math.isfinite(value):
+        in_range = False
+    else:
+        in_range = minimum <= value <= maximum
+    if not in_range:
+        bounds = f"of at least {minimum}" if maximum == math.inf else f"between {minimum} and {maximum}"
+        raise InputError(f"{name}={value!r} must be a {'whole ' if integer else ''}number {bounds}")
 
 
 def check_prompts(
-    prompt_tokens: Sequence[Sequence[int]], rows_each: int, max_batch_size: int, max_seq_len: int, vocab_size: int
+    prompt_tokens: Sequence[Sequence[int]],
+    rows_per_prompt: int,
+    max_batch_size: int,
+    max_seq_len: int,
+    vocab_size: float = math.inf,
 ) -> list[list[int]]:
-    """The prompts as lists of ints; InputError if they, with so many rows each, don't fit the model."""
+    """The prompts as lists of ints.
+
+    Args:
+        rows_per_prompt: rows of the batch that each prompt takes.
+
+    Raises:
+        InputError: they don't fit the model.
+    """
     try:
         prompts = [[index(token) for token in prompt] for prompt in prompt_tokens]
     except TypeError as error:
@@ -164,10 +180,10 @@ def check_prompts(
             f"{len(prompts)} prompts given, but max_batch_size={max_batch_size}: give fewer at a time, or build with a "
             f"larger max_batch_size"
         )
-    if len(prompts) * rows_each > max_batch_size:
+    if len(prompts) * rows_per_prompt > max_batch_size:
         raise InputError(
-            f"{len(prompts)} prompt(s) with {rows_each} rows each (num_return_sequences or num_beams) are more than "
-            f"max_batch_size={max_batch_size}"
+            f"{len(prompts)} prompt(s) with {rows_per_prompt} rows each (num_return_sequences or num_beams) are more "
+            f"than max_batch_size={max_batch_size}"
         )
     for row, prompt in enumerate(prompts):
         if not prompt:

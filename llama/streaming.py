@@ -1,144 +1,154 @@
-"""An answer as it comes: what may be shown of it so far, and whether it has ended.
+"""An answer as it comes: which text of it is certain, and whether it has ended.
 
-Text comes out as soon as it is certain: never half a character, and never the beginning of a stop text that might
+Text is released as soon as it is certain: never half a character, and never the beginning of a stop string that might
 still become one.
 """
 
 from collections.abc import Callable, Collection, Iterator
 from typing import Literal, NamedTuple
 
-Ended = Literal["stop", "length"]
+EndReason = Literal["stop", "length"]
 WINDOW = 32  # ids that are decoded together, so that the time of a step doesn't grow with the answer
 
 
 class Piece(NamedTuple):
-    """What came of one row's answer: a token, or text that became certain, or its end."""
+    """A part of one row's answer: a token, or text that became certain, or the answer's end."""
 
     row: int
     token: int | None  # None where only text, or the end, came
     logprob: float | None  # None unless asked for
     text: str  # "" unless asked for
-    ended: Ended | None = None  # "stop": at a stop token or text; "length": no more room; None: it goes on
-    score: float | None = None  # of an answer that beam search found, with its end
+    ended: EndReason | None = None  # "stop": at a stop token or string; "length": no tokens left; None: it goes on
+    score: float | None = None  # with the end of an answer of beam search
 
 
 class TextStream:
-    """The text of ids that come one by one; the pieces join to what decoding them together gives.
+    """The text of ids that come one by one; the parts join to what decoding all of them gives.
 
     Args:
-        decode: ids -> text. What is no whole character yet must come out as U+FFFD at the end.
+        decode: ids -> text. An unfinished character must come out as U+FFFD at the end.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
-        self._ids: list[int] = []  # the last of them, from some whole character on
-        self._shown = 0  # characters of their text that are out
-        self.uncertain = 0  # characters at its end that may still become others
+        self._ids: list[int] = []  # the last of them, from the beginning of some character on
+        self._released = 0  # characters of their text that have been returned
+        self.uncertain = 0  # characters at its end that later ids may still change
 
     def push(self, token: int) -> str:
-        """The text that is certain with this token. An unfinished character shows as up to three U+FFFD."""
+        """The text that is certain with this token. An unfinished character decodes to up to three U+FFFD."""
         self._ids.append(token)
         text = self._decode(self._ids)
         self.uncertain = min(3, len(text) - len(text.rstrip("\ufffd")))
-        return self._show(text, self.uncertain)
+        return self._release(text, self.uncertain)
 
     def end(self) -> str:
-        """The rest, when no more comes."""
-        return self._show(self._decode(self._ids), 0)
+        """The rest, when no more tokens come."""
+        return self._release(self._decode(self._ids), 0)
 
-    def _show(self, text: str, uncertain: int) -> str:
-        piece = text[self._shown : len(text) - uncertain]
-        self._shown += len(piece)
+    def _release(self, text: str, uncertain: int) -> str:
+        certain = text[self._released : len(text) - uncertain]
+        self._released += len(certain)
         if len(self._ids) > WINDOW:
             # Some text has to stay: sentencepiece drops the space that a text begins with.
             for length in range(8, WINDOW):
-                shown = len(self._decode(self._ids[-length:])) - uncertain
-                if shown > 0:
-                    self._ids, self._shown = self._ids[-length:], shown
+                released = len(self._decode(self._ids[-length:])) - uncertain
+                if released > 0:
+                    self._ids, self._released = self._ids[-length:], released
                     break
-        return piece
+        return certain
 
 
 class StopCriteria(NamedTuple):
-    """How long an answer may get, and what ends it."""
+    """What ends an answer."""
 
-    room: int  # tokens it may have
+    max_new_tokens: int
     stop_tokens: Collection[int]  # ids that end it, and aren't part of it
     decode: Callable[[list[int]], str] | None = None  # ids -> text; None if no text is wanted
-    stops: tuple[str, ...] = ()  # texts that end it, and aren't part of it; they need `decode`
+    stop_strings: tuple[str, ...] = ()  # strings that end it, and aren't part of it; they need `decode`
 
 
 class RowOutput:
     """One row's answer.
 
     Attributes:
-        ended: why it ended, or None.
+        ended: why it ended, or None while it goes on.
     """
 
-    def __init__(self, row: int, rules: StopCriteria) -> None:
-        self.ended: Ended | None = "length" if rules.room < 1 else None
-        self._row, self._rules = row, rules
-        self._stream = None if rules.decode is None else TextStream(rules.decode)
-        self._text, self._cut = "", False
-        self._shown = 0  # characters of it that are out
+    def __init__(self, row: int, criteria: StopCriteria) -> None:
+        self.ended: EndReason | None = "length" if criteria.max_new_tokens < 1 else None
+        self._row, self._criteria = row, criteria
+        self._stream = None if criteria.decode is None else TextStream(criteria.decode)
         self._tokens: list[int] = []
-        self._waiting: list[tuple[int, float | None, int]] = []  # tokens, logprobs, and where the tokens' text begins
+        self._text = ""
+        self._cut = False  # a stop string was found, and the text ends before it
+        self._released = 0  # characters of the text that have been released
+        # Tokens to be released, each with its logprob, and with the position in the text where its own text begins.
+        self._pending: list[tuple[int, float | None, int]] = []
 
-    def take(self, token: int, logprob: float | None) -> Iterator[Piece]:
-        """Go on with a token; yields what is certain now."""
-        if token in self._rules.stop_tokens:
+    def append(self, token: int, logprob: float | None) -> Iterator[Piece]:
+        """Add a token; yields what is certain now."""
+        is_stop = token in self._criteria.stop_tokens
+        if is_stop:
             self.ended = "stop"
         else:
             self._tokens.append(token)
-            begin = len(self._text) + (self._stream.uncertain if self._stream else 0)
-            self._waiting.append((token, logprob, begin))
-            self._add(self._stream.push(token) if self._stream else "")
-            if len(self._tokens) == self._rules.room and self.ended is None:
+            if len(self._tokens) == self._criteria.max_new_tokens:
                 self.ended = "length"
-        if self.ended and self._stream and not self._cut:
-            self._add(self._stream.end())
+        if self._stream is None:  # without text, every token is certain at once
+            yield Piece(self._row, None if is_stop else token, None if is_stop else logprob, "", self.ended)
+            return
+        if not is_stop:
+            begin = len(self._text) + self._stream.uncertain
+            self._pending.append((token, logprob, begin))
+            self._add_text(self._stream.push(token))
+        if self.ended and not self._cut:
+            self._add_text(self._stream.end())
         yield from self._release()
 
-    def end(self) -> Iterator[Piece]:
+    def finish(self) -> Iterator[Piece]:
         """End it, if nothing has yet; yields the rest."""
         if self.ended is None:
             self.ended = "stop"
-            self._add(self._stream.end() if self._stream else "")
+            if self._stream is not None:
+                self._add_text(self._stream.end())
             yield from self._release()
 
-    def _add(self, text: str) -> None:
-        """More text; cut where a stop text begins in it."""
+    def _add_text(self, text: str) -> None:
+        """Append to the text; cut it where a stop string begins."""
         self._text += text
-        begins = [at for at in (self._text.find(stop, self._shown) for stop in self._rules.stops) if at >= 0]
+        positions = [self._text.find(string, self._released) for string in self._criteria.stop_strings]
+        begins = [position for position in positions if position >= 0]
         if begins:
             self._text = self._text[: min(begins)]
             self.ended, self._cut = "stop", True
-            # Of the tokens that wait, no more than the text needs.
-            out = len(self._tokens) - len(self._waiting)
+            # Of the pending tokens, keep no more than the text needs.
+            released = len(self._tokens) - len(self._pending)
             count = 0
-            while count < len(self._waiting) and not self._says(self._tokens[: out + count]):
+            while count < len(self._pending) and not self._spells_text(self._tokens[: released + count]):
                 count += 1
-            self._waiting = self._waiting[:count]
+            self._pending = self._pending[:count]
 
-    def _says(self, tokens: list[int]) -> bool:
-        """Whether these tokens have all of the text."""
-        return self._rules.decode is not None and self._rules.decode(tokens).startswith(self._text)
+    def _spells_text(self, tokens: list[int]) -> bool:
+        """Whether the text of these tokens contains all of the answer's."""
+        return self._criteria.decode is not None and self._criteria.decode(tokens).startswith(self._text)
 
     def _release(self) -> Iterator[Piece]:
         certain = len(self._text) if self.ended else len(self._text) - self._possible_stop()
-        count = sum(1 for one in self._waiting if self.ended or not self._rules.stops or one[2] < certain)
-        released, self._waiting = self._waiting[:count], self._waiting[count:]
-        text, self._shown = self._text[self._shown : certain], certain
+        held_back = not self.ended and self._criteria.stop_strings
+        count = sum(1 for _, _, begin in self._pending if not held_back or begin < certain)
+        released, self._pending = self._pending[:count], self._pending[count:]
+        text, self._released = self._text[self._released : certain], certain
         for i, (token, logprob, _) in enumerate(released):
-            last = i == len(released) - 1
-            yield Piece(self._row, token, logprob, text if last else "", self.ended if last else None)
+            is_last = i == len(released) - 1
+            yield Piece(self._row, token, logprob, text if is_last else "", self.ended if is_last else None)
         if not released and (text or self.ended):
             yield Piece(self._row, None, None, text, self.ended)
 
     def _possible_stop(self) -> int:
-        """How many characters at the end might become a stop text."""
-        longest = max(map(len, self._rules.stops), default=1) - 1
-        for length in range(min(longest, len(self._text) - self._shown), 0, -1):
-            if any(stop.startswith(self._text[-length:]) for stop in self._rules.stops):
+        """How many characters at the end might become a stop string."""
+        longest = max(map(len, self._criteria.stop_strings), default=1) - 1
+        for length in range(min(longest, len(self._text) - self._released), 0, -1):
+            if any(string.startswith(self._text[-length:]) for string in self._criteria.stop_strings):
                 return length
         return 0

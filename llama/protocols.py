@@ -1,0 +1,88 @@
+"""What `Llama` needs of a network, of a tokenizer and of a chat format: anything with these methods will do.
+
+`Transformer`, `Tokenizer` and `ChatFormat` have them; so may a network of your own.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from llama.chat_format import Dialog
+
+
+class ModelLimits(Protocol):
+    """The sizes that calls are checked against. With a `vocab_size` beside them, token ids are checked too."""
+
+    max_batch_size: int
+    max_seq_len: int
+
+
+class LanguageModel(Protocol):
+    """A network that continues sequences of token ids."""
+
+    params: ModelLimits
+
+    def forward(self, tokens: torch.Tensor, start_pos: int | torch.Tensor) -> torch.Tensor:
+        """The logits of the token after each of `tokens`.
+
+        Args:
+            tokens: (batch, seq) int64. In the first call of a generation they are the prompts; shorter ones are padded
+                on the right, with tokens that must not change the logits of those before them. After that, each call
+                has one token a row.
+            start_pos: the position of each row's first token: an int, or (batch,) int64 on the CPU where rows differ.
+                What stands before it was passed in earlier calls.
+
+        Returns:
+            (batch, seq, vocab_size), of any floating-point dtype.
+        """
+        ...
+
+
+class Cache(Protocol):
+    """The keys and values of the tokens so far, as `llama.model.KVCache` has them."""
+
+    tokens: list[list[int]]
+
+    def reorder(self, rows: torch.Tensor, end: int) -> None:
+        """Make row i hold what row `rows[i]` holds, up to position `end`."""
+        ...
+
+    def clear(self, start: int, end: int) -> None:
+        """Set positions from `start` to `end` to zeros."""
+        ...
+
+
+@runtime_checkable
+class CachedModel(LanguageModel, Protocol):
+    """A network whose cache can be reordered, as several answers to a prompt and beam search need, and reused."""
+
+    def setup_cache(self) -> Cache:
+        """The cache that `forward` uses; made now if there is none yet."""
+        ...
+
+
+class TextTokenizer(Protocol):
+    """Turns text into ids and back. The ids that end an answer are its `stop_tokens`, or else its `eos_id`."""
+
+    def encode(self, s: str, bos: bool, eos: bool) -> list[int]: ...
+
+    def decode(self, t: list[int]) -> str: ...
+
+
+class DialogFormat(Protocol):
+    """Turns a dialog into the prompt that asks for the assistant's next message.
+
+    If it has a method `refusal`, that is asked what to answer in the model's place, or None.
+    """
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]: ...
+
+
+class TokenIds(Protocol):
+    """What `ChatFormat` needs of a tokenizer beside `TextTokenizer`: the ids of its control tokens by name."""
+
+    special_tokens: dict[str, int]
+
+
+Prompts = Sequence[Sequence[int]]
