@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-from llama.decoding import device_of
 from llama.distributed import broadcast
 from llama.non_finite import explain_non_finite
 from llama.protocols import CachedModel, LanguageModel
@@ -131,8 +130,7 @@ class BeamSearch:
         for i, search in enumerate(self.searches):
             sources += [i * self.params.num_beams + beam for beam in search.advance(candidates[i])]
         if not self.done and isinstance(self.model, CachedModel):
-            rows = torch.tensor(sources, dtype=torch.long, device=device_of(self.model))
-            self.model.setup_cache().reorder(rows, self.end)
+            self.model.setup_cache().reorder(torch.tensor(sources), self.end)
             self.end += 1
         beams = [beam for search in self.searches for beam in search.beams]
         return torch.tensor([beam.tokens[-1] if beam.tokens else 0 for beam in beams], device=logits.device)

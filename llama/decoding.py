@@ -45,7 +45,8 @@ def prefill(
     # Shorter rows are padded on the right, where none of their own tokens looks. The keys and values of the padding are
     # overwritten, position by position, before a new token looks at them.
     padded = [prompt[start_pos:] + [0] * (longest - len(prompt)) for prompt in prompts]
-    tokens = torch.tensor(padded, dtype=torch.long, device=device_of(model))  # (batch, seq)
+    weight = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None  # a script has none
+    tokens = torch.tensor(padded, dtype=torch.long, device="cpu" if weight is None else weight.device)  # (batch, seq)
     if isinstance(model, CachedModel) and min(map(len, prompts)) < longest:
         model.setup_cache().clear(longest, longest + max_new_tokens)  # masked for shorter rows, and never NaN
     head: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.float
@@ -115,12 +116,6 @@ def decode(
         with torch.inference_mode():
             logits = model.forward(next_token.clamp(min=0)[:, None], start_pos)[:, -1].float()  # (batch, vocab_size)
         start_pos = start_pos + 1
-
-
-def device_of(model: LanguageModel) -> torch.device:
-    """Where the model's weights are; a scripted model may have none."""
-    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
-    return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
 
 def common_prefix(prompts: list[list[int]], cached: list[list[int]]) -> int:

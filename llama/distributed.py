@@ -132,7 +132,7 @@ def restore_stdout() -> None:
 
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     """Give every model-parallel rank the first one's values of `tensor`, in place."""
-    if model_parallel_size() > 1:
+    if dist.is_initialized() and model_parallel_size() > 1:
         dist.broadcast(tensor, groups.get_model_parallel_src_rank(), group=groups.get_model_parallel_group())
     return tensor
 

@@ -8,7 +8,6 @@ returns piece by piece, as it comes.
 
 import functools
 import logging
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -26,7 +25,7 @@ from llama.checkpoint.memory import explain_out_of_memory, report
 from llama.device import default_dtype
 from llama.errors import InputError
 from llama.model_lock import lock_of
-from llama.protocols import CachedModel, DialogFormat, LanguageModel, TextTokenizer
+from llama.protocols import DialogFormat, LanguageModel, TextTokenizer
 from llama.sampling import sample_top_p
 from llama.sampling_params import SamplingOptions, SamplingParams, check_number, check_prompts
 from llama.streaming import Piece
@@ -200,7 +199,7 @@ class Llama:
             "length". A last piece may have no token. The stream may be left at any time.
         """
         params = SamplingParams(max_gen_len, temperature, top_p, logprobs, **options)
-        return self._stream(prompt_tokens, params, text=bool(params.stop))
+        return self._stream(prompt_tokens, params, text=bool(params.stop_strings))
 
     def text_completion(
         self,
@@ -314,7 +313,7 @@ class Llama:
         for row, tokens in enumerate(output.tokens):
             n_echoed = len(prompt_tokens[row // params.num_return_sequences]) if params.echo else 0
             # A stop string may begin within the last token: these characters of it are not part of the answer.
-            cut = len(decode_text(tokens[n_echoed:])) - len(output.texts[row]) if params.stop else 0
+            cut = len(decode_text(tokens[n_echoed:])) - len(output.texts[row]) if params.stop_strings else 0
             text = decode_text(tokens)
             prediction = CompletionPrediction(generation=text[: len(text) - cut])
             if params.logprobs:
@@ -329,11 +328,12 @@ class Llama:
 
     def _generate(self, prompt_tokens: Sequence[Sequence[int]], params: SamplingParams) -> Output:
         """All answers, when they are done."""
-        prompts = self._check(prompt_tokens, params)
+        rows_per_prompt = max(params.num_return_sequences, params.num_beams)
+        prompts = check_prompts(prompt_tokens, self.model, self.tokenizer, rows_per_prompt)
         rows = range(len(prompts) * params.num_return_sequences)
         output = Output([[] for _ in rows], [[] for _ in rows], ["" for _ in rows], [None for _ in rows])
         with lock_of(self.model).turn():
-            for piece in generate_pieces(self.model, self.tokenizer, prompts, params, text=bool(params.stop)):
+            for piece in generate_pieces(self.model, self.tokenizer, prompts, params, text=bool(params.stop_strings)):
                 if piece.token is not None:
                     output.tokens[piece.row].append(piece.token)
                 if piece.logprob is not None:
@@ -348,17 +348,9 @@ class Llama:
             raise InputError(
                 f"num_beams={params.num_beams}: beam search has no answer before it is done, so there is no stream"
             )
-        prompts = self._check(prompt_tokens, params)
+        prompts = check_prompts(prompt_tokens, self.model, self.tokenizer, params.num_return_sequences)
         produce = functools.partial(generate_pieces, self.model, self.tokenizer, prompts, params, text=text)
         return lock_of(self.model).stream(produce)
-
-    def _check(self, prompt_tokens: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
-        """The prompts as lists of ints; InputError if they don't fit the model."""
-        limits, rows_per_prompt = self.model.params, max(params.num_return_sequences, params.num_beams)
-        if rows_per_prompt > 1 and not isinstance(self.model, CachedModel) and hasattr(self.model, "parameters"):
-            raise InputError("several answers to a prompt need a model whose cache can be reordered: see CachedModel")
-        vocab_size = getattr(limits, "vocab_size", getattr(self.tokenizer, "n_words", math.inf))
-        return check_prompts(prompt_tokens, rows_per_prompt, limits.max_batch_size, limits.max_seq_len, vocab_size)
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):

@@ -144,25 +144,18 @@ class LayerCache(NamedTuple):
 class KVCache:
     """The keys and values of the tokens so far, so that each token passes through the network once.
 
-    Takes 2 * n_layers * max_batch_size * n_kv_heads * max_seq_len * head_dim elements when it is made.
+    Its memory is taken when it is made.
+
+    Args:
+        shape: n_layers, max_batch_size, n_kv_heads, max_seq_len, head_dim.
 
     Attributes:
+        keys, values: tensors of this shape.
         tokens: of each row, the ids whose keys and values are known to be there; a call that reuses the cache looks
             here. Empty whenever that isn't known.
     """
 
-    def __init__(
-        self,
-        n_layers: int,
-        max_batch_size: int,
-        n_kv_heads: int,
-        max_seq_len: int,
-        head_dim: int,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        shape = (n_layers, max_batch_size, n_kv_heads, max_seq_len, head_dim)
+    def __init__(self, *shape: int, device: torch.device, dtype: torch.dtype) -> None:
         with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
             # Zeros, since a masked position has weight 0, and 0 times a NaN that happens to lie there would be NaN.
             self.keys = torch.zeros(shape, device=device, dtype=dtype)
@@ -177,6 +170,7 @@ class KVCache:
     def reorder(self, rows: torch.Tensor, end: int) -> None:
         """Make row i hold what row `rows[i]` holds, up to position `end`."""
         self.tokens = []
+        rows = rows.to(self.keys.device)
         for tensor in (*self.keys, *self.values):  # a layer at a time, so that the copies stay small
             tensor[: len(rows), :, :end] = tensor[:, :, :end].index_select(0, rows)
 

@@ -75,13 +75,10 @@ class ModelLock:
                     self._condition.wait()
             yield
         finally:
-            self._leave(call)
-
-    def _leave(self, call: Call) -> None:
-        with self._condition:
-            if call in self._queue:
-                self._queue.remove(call)
-            self._condition.notify_all()
+            with self._condition:
+                if call in self._queue:
+                    self._queue.remove(call)
+                self._condition.notify_all()
 
     @contextlib.contextmanager
     def calling_processor(self) -> Iterator[None]:
@@ -126,8 +123,9 @@ class ModelLock:
         try:
             producer.start()
         except RuntimeError:  # the system allows no more threads
-            self._leave(call)
-            raise
+            call.skipped = True
+            with self.turn(call):  # which takes it out of the queue
+                raise
         try:
             while not isinstance(item := items.get(), StreamEnd):
                 yield item

@@ -51,9 +51,9 @@ def sample_top_p(probs: torch.Tensor, p: float, *, generator: torch.Generator | 
     next_token = _sample_top_p_without_sort(probs, p, generator)
     if next_token is None:
         sorted_probs, sorted_ids = torch.sort(probs, dim=-1, descending=True)
-        nucleus = keep_nucleus(sorted_probs, p)
-        choice = torch.multinomial(nucleus, num_samples=1, generator=generator)  # (batch, 1), in the sorted order
-        next_token = sorted_ids.gather(-1, choice)
+        nucleus = sorted_probs.masked_fill(torch.cumsum(sorted_probs, dim=-1) - sorted_probs > p, 0.0)
+        choice = torch.multinomial(nucleus / nucleus.sum(dim=-1, keepdim=True), num_samples=1, generator=generator)
+        next_token = sorted_ids.gather(-1, choice)  # (batch, 1)
     return next_token
 
 
@@ -71,20 +71,14 @@ def _sample_top_p_without_sort(probs: torch.Tensor, p: float, generator: torch.G
     if count >= vocab_size // 8:
         return None
     sorted_probs, sorted_ids = probs.topk(count, dim=-1)  # (batch, count)
-    # As wide as the vocabulary, so that as many random numbers are used, and the sums are rounded alike.
-    nucleus = keep_nucleus(F.pad(sorted_probs, (0, vocab_size - count)), p)
-    choice = torch.multinomial(nucleus, num_samples=1, generator=generator)  # (batch, 1)
+    nucleus = sorted_probs.masked_fill(torch.cumsum(sorted_probs, dim=-1) - sorted_probs > p, 0.0)
+    # As wide as the vocabulary, so that as many random numbers are used, and the sum is rounded alike.
+    nucleus = F.pad(nucleus, (0, vocab_size - count))
+    choice = torch.multinomial(nucleus / nucleus.sum(dim=-1, keepdim=True), num_samples=1, generator=generator)
     tied = (probs == sorted_probs.gather(-1, choice)).sum(dim=-1) > 1
     if tied.any():  # topk and sort may order equally likely tokens differently
         sorted_ids = torch.sort(probs, dim=-1, descending=True).indices
     return sorted_ids.gather(-1, choice)
-
-
-def keep_nucleus(sorted_probs: torch.Tensor, p: float) -> torch.Tensor:
-    """Probabilities in falling order, (batch, count): those outside the nucleus of p become 0, the rest sum to 1."""
-    before = torch.cumsum(sorted_probs, dim=-1) - sorted_probs  # probability of all likelier tokens
-    nucleus = sorted_probs.masked_fill(before > p, 0.0)
-    return nucleus / nucleus.sum(dim=-1, keepdim=True)
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
@@ -102,7 +96,8 @@ def sampling_probs(logits: torch.Tensor, temperature: float, top_p: float, top_k
     if top_p == 1:  # rounding of the sums might cut off the last few
         return probs
     sorted_probs, sorted_ids = torch.sort(probs, dim=-1, descending=True)
-    return torch.zeros_like(probs).scatter(-1, sorted_ids, keep_nucleus(sorted_probs, top_p))
+    nucleus = sorted_probs.masked_fill(torch.cumsum(sorted_probs, dim=-1) - sorted_probs > top_p, 0.0)
+    return torch.zeros_like(probs).scatter(-1, sorted_ids, nucleus / nucleus.sum(dim=-1, keepdim=True))
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

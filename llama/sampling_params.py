@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from numbers import Integral, Real
 from operator import index
 from typing import Any, Literal, TypedDict
@@ -11,7 +11,7 @@ import torch
 
 from llama.errors import InputError
 from llama.model_lock import lock_of
-from llama.protocols import LanguageModel
+from llama.protocols import CachedModel, LanguageModel, TextTokenizer
 
 LogitsProcessor = Callable[[list[list[int]], torch.Tensor], torch.Tensor]
 
@@ -53,7 +53,8 @@ class SamplingParams:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
-    stop: str | Iterable[str] | None = ()  # after the check always a tuple
+    stop: str | Iterable[str] | None = None
+    stop_strings: tuple[str, ...] = field(init=False)  # `stop` as a tuple
     logits_processor: LogitsProcessor | None = None
     seed: int | None = None
     reuse_cache: bool = False
@@ -79,10 +80,12 @@ class SamplingParams:
             )
         stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, Iterable):
-            raise InputError(f"stop={stop!r:.80} must be a string or a list of strings")
-        object.__setattr__(self, "stop", tuple(stop))  # the dataclass is frozen
+            raise InputError(f"stop={stop!r:.80} must be a string or list of strings")
+        object.__setattr__(self, "stop_strings", tuple(stop))  # the dataclass is frozen
         if not all(isinstance(string, str) and string for string in self.stop_strings):
-            raise InputError(f"stop={self.stop!r:.80} must be a string or a list of strings, none of them empty")
+            raise InputError(
+                f"stop={self.stop_strings!r:.80} must be a string or a list of strings, none of them empty"
+            )
         if self.num_beams > 1:
             self._check_beam_search()
         elif self.length_penalty != 1 or self.early_stopping is not False:
@@ -113,16 +116,8 @@ class SamplingParams:
                 f"that are found"
             )
 
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return tuple(self.stop or ())
-
-    def generator(self, device: torch.device) -> torch.Generator | None:
-        """This call's own random generator, or None for torch's default one."""
-        return None if self.seed is None else torch.Generator(device).manual_seed(int(self.seed))
-
     def process(self, model: LanguageModel, tokens: list[list[int]], logits: torch.Tensor) -> torch.Tensor:
-        """The logits, (rows, vocab_size) float32, after the call's logits_processor.
+        """The logits, (rows, vocab_size) float32, after the call's logits_processor, if it has one.
 
         Args:
             model: where they come from; the logits_processor can't make a call on it.
@@ -155,11 +150,7 @@ def check_number(name: str, value: Any, minimum: float, maximum: float = math.in
 
 
 def check_prompts(
-    prompt_tokens: Sequence[Sequence[int]],
-    rows_per_prompt: int,
-    max_batch_size: int,
-    max_seq_len: int,
-    vocab_size: float = math.inf,
+    prompt_tokens: Sequence[Sequence[int]], model: LanguageModel, tokenizer: TextTokenizer, rows_per_prompt: int = 1
 ) -> list[list[int]]:
     """The prompts as lists of ints.
 
@@ -169,6 +160,13 @@ def check_prompts(
     Raises:
         InputError: they don't fit the model.
     """
+    max_batch_size, max_seq_len = model.params.max_batch_size, model.params.max_seq_len
+    vocab_size = getattr(model.params, "vocab_size", getattr(tokenizer, "n_words", math.inf))
+    if rows_per_prompt > 1 and not isinstance(model, CachedModel) and hasattr(model, "parameters"):
+        raise InputError(
+            "num_return_sequences and num_beams copy rows of the KV cache, so the model must have `setup_cache`: see "
+            "llama.protocols.CachedModel"
+        )
     try:
         prompts = [[index(token) for token in prompt] for prompt in prompt_tokens]
     except TypeError as error:
