@@ -1,18 +1,69 @@
-"""A batch of prompts and its answers: what consumes the decode loop, and decides when each row has finished."""
+"""A batch of prompts and its answers: what consumes the decode loop, and decides when each row has finished.
+
+`complete` collects what `generate_pieces` yields; `stream` has a thread produce it.
+"""
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
 from llama.beam_search import BeamSearch
-from llama.decoding import common_prefix, decode, prefill
+from llama.decoding import decode, prefill
+from llama.errors import InputError
+from llama.model_lock import lock_of
 from llama.non_finite import explain_non_finite
 from llama.protocols import CachedModel, LanguageModel, TextTokenizer
 from llama.sampling import sample
-from llama.sampling_params import SamplingParams
+from llama.sampling_params import SamplingParams, check_prompts
 from llama.streaming import Piece, RowOutput, StopCriteria
+
+
+class Output(NamedTuple):
+    """The answers to a batch, row by row."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]  # empty unless asked for
+    texts: list[str]  # empty unless there are stop strings
+    scores: list[float | None]
+
+
+def complete(
+    model: LanguageModel, tokenizer: TextTokenizer, prompt_tokens: Sequence[Sequence[int]], params: SamplingParams
+) -> Output:
+    """All answers to prompts of ids, when they are done."""
+    prompts = check_prompts(prompt_tokens, model, tokenizer, max(params.num_return_sequences, params.num_beams))
+    rows = range(len(prompts) * params.num_return_sequences)
+    output = Output([[] for _ in rows], [[] for _ in rows], ["" for _ in rows], [None for _ in rows])
+    with lock_of(model).turn():
+        for piece in generate_pieces(model, tokenizer, prompts, params, text=bool(params.stop_strings)):
+            if piece.token is not None:
+                output.tokens[piece.row].append(piece.token)
+            if piece.logprob is not None:
+                output.logprobs[piece.row].append(piece.logprob)
+            output.texts[piece.row] += piece.text
+            output.scores[piece.row] = piece.score
+    return output
+
+
+def stream(
+    model: LanguageModel,
+    tokenizer: TextTokenizer,
+    prompt_tokens: Sequence[Sequence[int]],
+    params: SamplingParams,
+    *,
+    text: bool,
+) -> Iterator[Piece]:
+    """The answers, piece by piece. What is wrong with the arguments is raised now, not at the first piece."""
+    if params.num_beams > 1:
+        raise InputError(
+            f"num_beams={params.num_beams}: beam search has no answer before it is done, so there is no stream"
+        )
+    prompts = check_prompts(prompt_tokens, model, tokenizer, params.num_return_sequences)
+    produce = functools.partial(generate_pieces, model, tokenizer, prompts, params, text=text)
+    return lock_of(model).stream(produce)
 
 
 def generate_pieces(
@@ -65,7 +116,7 @@ def generate_pieces(
 
     # The answers.
     stop_tokens = getattr(tokenizer, "stop_tokens", None)
-    stop_tokens = {tokenizer.eos_id} if stop_tokens is None else set(stop_tokens)
+    stop_tokens = {getattr(tokenizer, "eos_id", None)} if stop_tokens is None else set(stop_tokens)
     decode_text = tokenizer.decode if text else None
     criteria = [StopCriteria(limit, stop_tokens, decode_text, params.stop_strings) for limit in max_new_tokens]
     lengths = list(map(len, prompt_of_row))
@@ -79,12 +130,14 @@ def generate_pieces(
     tokens = [list(prompt) for prompt in prompt_of_row]  # of each row, prompt and answer so far
     outputs = [RowOutput(row, criteria[row // rows_per_prompt]) for row in range(len(tokens))]
     generator = None if params.seed is None else torch.Generator(logits.device).manual_seed(int(params.seed))
-    settings = {"temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k, "generator": generator}
+    sample_plain = functools.partial(
+        sample, temperature=params.temperature, top_p=params.top_p, top_k=params.top_k, generator=generator
+    )
 
     def sample_processed(logits: torch.Tensor) -> torch.Tensor:
-        return sample(params.process(model, tokens, logits), **settings)
+        return sample_plain(params.process(model, tokens, logits))
 
-    select = functools.partial(sample, **settings) if params.logits_processor is None else sample_processed
+    select = sample_plain if params.logits_processor is None else sample_processed
     n_forwarded = 0  # new tokens of each row whose keys and values are in the cache
     try:
         steps = decode(model, logits, lengths, select, logprobs=params.logprobs)
@@ -105,3 +158,14 @@ def generate_pieces(
     finally:
         if cache is not None:
             cache.tokens = [row[: length + n_forwarded] for row, length in zip(tokens, lengths, strict=True)]
+
+
+def common_prefix(prompts: list[list[int]], cached: list[list[int]]) -> int:
+    """How many of the first tokens of every prompt its row of the cache holds; each prompt's last is never counted."""
+    if len(prompts) > len(cached):
+        return 0
+    length = min(map(len, prompts)) - 1
+    for prompt, row in zip(prompts, cached, strict=False):
+        differ = (i for i, (a, b) in enumerate(zip(prompt[:length], row, strict=False)) if a != b)
+        length = min(length, next(differ, len(row)))
+    return length

@@ -167,7 +167,7 @@ class BeamSearch:
                 if total != -math.inf
             ]
             if not self.searches[i].done and (not possible or any(math.isnan(c.total) for c in possible)):
-                processed = self.params.logits_processor is not None
-                raise ArithmeticError(explain_non_finite(self.model, tokens[i * self.params.num_beams], processed))
+                has_processor = self.params.logits_processor is not None
+                raise ArithmeticError(explain_non_finite(self.model, tokens[i * self.params.num_beams], has_processor))
             candidates.append(possible)
         return candidates

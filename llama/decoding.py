@@ -116,14 +116,3 @@ def decode(
         with torch.inference_mode():
             logits = model.forward(next_token.clamp(min=0)[:, None], start_pos)[:, -1].float()  # (batch, vocab_size)
         start_pos = start_pos + 1
-
-
-def common_prefix(prompts: list[list[int]], cached: list[list[int]]) -> int:
-    """How many of the first tokens of every prompt its row of the cache holds; each prompt's last is never counted."""
-    if len(prompts) > len(cached):
-        return 0
-    length = min(map(len, prompts)) - 1
-    for prompt, row in zip(prompts, cached, strict=False):
-        differ = (i for i, (a, b) in enumerate(zip(prompt[:length], row, strict=False)) if a != b)
-        length = min(length, next(differ, len(row)))
-    return length

@@ -6,28 +6,26 @@
 returns piece by piece, as it comes.
 """
 
-import functools
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import torch
 from typing_extensions import Unpack
 
 from llama import distributed
-from llama.batch import generate_pieces
-from llama.chat_format import ChatFormat, Dialog, Message, Role
+from llama.batch import complete, stream
+from llama.chat_format import ChatFormat, Dialog, DialogFormat, Message, Role
 from llama.checkpoint import Checkpoint, check_tensors, load_model, open_checkpoint
 from llama.checkpoint.memory import explain_out_of_memory, report
 from llama.device import default_dtype
 from llama.errors import InputError
-from llama.model_lock import lock_of
-from llama.protocols import DialogFormat, LanguageModel, TextTokenizer
+from llama.protocols import LanguageModel, TextTokenizer
 from llama.sampling import sample_top_p
-from llama.sampling_params import SamplingOptions, SamplingParams, check_number, check_prompts
+from llama.sampling_params import SamplingOptions, SamplingParams, check_number
 from llama.streaming import Piece
 from llama.tokenizer import Tokenizer
 
@@ -37,32 +35,19 @@ logger = logging.getLogger("llama")
 
 
 class Details(TypedDict, total=False):
-    """What predictions hold beside the generation: the first two if logprobs were asked for, the last with beams."""
+    """What a prediction has only where it was asked for."""
 
-    tokens: list[str]  # each token's text
+    tokens: list[str]  # each token's text; like `logprobs`, with logprobs=True
     logprobs: list[float]
-    score: float
+    score: float  # of an answer of beam search
 
 
 class CompletionPrediction(Details):
-    """A completed text."""
-
     generation: str
 
 
 class ChatPrediction(Details):
-    """The assistant's message."""
-
     generation: Message
-
-
-class Output(NamedTuple):
-    """The answers to a batch, row by row."""
-
-    tokens: list[list[int]]
-    logprobs: list[list[float]]
-    texts: list[str]  # empty unless asked for
-    scores: list[float | None]
 
 
 class Llama:
@@ -104,20 +89,18 @@ class Llama:
     ) -> "Llama":
         """Load a checkpoint, in one process or under torchrun.
 
-        Changed for the whole process: torch's random state is seeded. Under torchrun also: the process group and
-        fairscale's model-parallel group are made, if they aren't there yet; the CUDA device is set; and on ranks above
-        0 standard output is discarded (`llama.distributed.restore_stdout` undoes that).
+        Seeds torch's random state. Under torchrun it also makes the process group and fairscale's model-parallel group,
+        if they aren't there yet, sets the CUDA device, and discards standard output on ranks above 0 (until
+        `llama.distributed.restore_stdout`).
 
         Args:
-            ckpt_dir: a folder in Meta's layout or Hugging Face's, or a GGUF file; or an open checkpoint.
+            ckpt_dir: a folder in Meta's or Hugging Face's layout, or a GGUF file; or an open checkpoint.
             tokenizer_path: the tokenizer's file; None for the one that comes with the checkpoint.
-            max_seq_len: most tokens of a row, prompt and answer together.
-            max_batch_size: most rows.
+            max_seq_len, max_batch_size: the size of the KV cache: tokens of a row, prompt and answer together; rows.
             model_parallel_size: processes that share one copy of the model; None for all there are.
-            seed: for `torch.manual_seed`; must be the same on every process.
+            seed: for `torch.manual_seed`; the same on every process.
             device: "cuda", "cpu", "mps"; None for CUDA if there is one, else the CPU.
-            dtype: of weights and cache; None for bfloat16 where the device computes in it, else float16 on CUDA and
-                float32 on the CPU.
+            dtype: of weights and cache; None for `llama.device.default_dtype`.
 
         Raises:
             MissingFileError: no such folder or file, or no checkpoint in it.
@@ -162,8 +145,7 @@ class Llama:
         Args:
             prompt_tokens: a list of ids for each row; lengths may differ, and need no padding.
             max_gen_len: at most this many new tokens a row; also no more than fit into `max_seq_len`.
-            temperature: 0 takes the likeliest token each time; above, tokens are sampled, and the higher it is the more
-                evenly.
+            temperature: 0 takes the likeliest token each time; above 0 tokens are sampled, the higher the more evenly.
             top_p: sample from the likeliest tokens that together have this probability.
             logprobs: also return the natural log of each returned token's probability, whatever the temperature.
             echo: return the prompt before the new tokens. With `max_gen_len=0` and `logprobs` this scores a text; its
@@ -180,7 +162,7 @@ class Llama:
             ArithmeticError: the network computed NaN or infinity.
         """
         params = SamplingParams(max_gen_len, temperature, top_p, logprobs, echo, **options)
-        output = self._generate(prompt_tokens, params)
+        output = complete(self.model, self.tokenizer, prompt_tokens, params)
         return output.tokens, output.logprobs if logprobs else None
 
     def generate_stream(
@@ -199,7 +181,7 @@ class Llama:
             "length". A last piece may have no token. The stream may be left at any time.
         """
         params = SamplingParams(max_gen_len, temperature, top_p, logprobs, **options)
-        return self._stream(prompt_tokens, params, text=bool(params.stop_strings))
+        return stream(self.model, self.tokenizer, prompt_tokens, params, text=bool(params.stop_strings))
 
     def text_completion(
         self,
@@ -243,7 +225,7 @@ class Llama:
             characters, and no beginnings of stop strings. The rest is as in `generate_stream`.
         """
         params = SamplingParams(self._max_gen_len(max_gen_len), temperature, top_p, logprobs, **options)
-        return self._stream(self._encode(prompts), params, text=True)
+        return stream(self.model, self.tokenizer, self._encode(prompts), params, text=True)
 
     def chat_completion(
         self,
@@ -271,14 +253,11 @@ class Llama:
         """
         params = SamplingParams(self._max_gen_len(max_gen_len), temperature, top_p, logprobs, **options)
         prompt_tokens, refusals = self._encode_dialogs(dialogs)
-        predictions = []
+        predictions: list[ChatPrediction] = []
         for row, prediction in enumerate(self._predict(prompt_tokens, params)):
             refusal = refusals[row // params.num_return_sequences]
-            message: Message = {
-                "role": "assistant",
-                "content": prediction["generation"] if refusal is None else refusal,
-            }
-            predictions.append(ChatPrediction(**{**prediction, "generation": message}))
+            content = prediction["generation"] if refusal is None else refusal
+            predictions.append({**prediction, "generation": {"role": "assistant", "content": content}})
         return predictions
 
     def chat_completion_stream(
@@ -293,11 +272,11 @@ class Llama:
         """What `chat_completion` returns, piece by piece: see `text_completion_stream`."""
         params = SamplingParams(self._max_gen_len(max_gen_len), temperature, top_p, logprobs, **options)
         prompt_tokens, refusals = self._encode_dialogs(dialogs)
-        stream = self._stream(prompt_tokens, params, text=True)
+        answers = stream(self.model, self.tokenizer, prompt_tokens, params, text=True)
 
         def pieces() -> Iterator[Piece]:
             refused = set()  # the rows whose refusal has been yielded
-            for piece in stream:
+            for piece in answers:
                 refusal = refusals[piece.row // params.num_return_sequences]
                 if refusal is not None:
                     piece = piece._replace(text="" if piece.row in refused else refusal)
@@ -308,7 +287,7 @@ class Llama:
 
     def _predict(self, prompt_tokens: list[list[int]], params: SamplingParams) -> list[CompletionPrediction]:
         """`generate`, with the answers as text."""
-        output, decode_text = self._generate(prompt_tokens, params), self.tokenizer.decode
+        output, decode_text = complete(self.model, self.tokenizer, prompt_tokens, params), self.tokenizer.decode
         predictions = []
         for row, tokens in enumerate(output.tokens):
             n_echoed = len(prompt_tokens[row // params.num_return_sequences]) if params.echo else 0
@@ -325,32 +304,6 @@ class Llama:
                 prediction["score"] = score
             predictions.append(prediction)
         return predictions
-
-    def _generate(self, prompt_tokens: Sequence[Sequence[int]], params: SamplingParams) -> Output:
-        """All answers, when they are done."""
-        rows_per_prompt = max(params.num_return_sequences, params.num_beams)
-        prompts = check_prompts(prompt_tokens, self.model, self.tokenizer, rows_per_prompt)
-        rows = range(len(prompts) * params.num_return_sequences)
-        output = Output([[] for _ in rows], [[] for _ in rows], ["" for _ in rows], [None for _ in rows])
-        with lock_of(self.model).turn():
-            for piece in generate_pieces(self.model, self.tokenizer, prompts, params, text=bool(params.stop_strings)):
-                if piece.token is not None:
-                    output.tokens[piece.row].append(piece.token)
-                if piece.logprob is not None:
-                    output.logprobs[piece.row].append(piece.logprob)
-                output.texts[piece.row] += piece.text
-                output.scores[piece.row] = piece.score
-        return output
-
-    def _stream(self, prompt_tokens: Sequence[Sequence[int]], params: SamplingParams, *, text: bool) -> Iterator[Piece]:
-        """The answers, piece by piece. What is wrong with the arguments is raised now, not at the first piece."""
-        if params.num_beams > 1:
-            raise InputError(
-                f"num_beams={params.num_beams}: beam search has no answer before it is done, so there is no stream"
-            )
-        prompts = check_prompts(prompt_tokens, self.model, self.tokenizer, params.num_return_sequences)
-        produce = functools.partial(generate_pieces, self.model, self.tokenizer, prompts, params, text=text)
-        return lock_of(self.model).stream(produce)
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):

@@ -12,7 +12,7 @@ Sources: Llama 2 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783).
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import nn
 from llama.cpu_matmul import fast_products
 from llama.distributed import model_parallel_size
 from llama.errors import InputError
+from llama.kv_cache import KVCache, LayerCache
 from llama.model_args import ModelArgs, feed_forward_size
 from llama.parallel import (
     ColumnParallelLinear,
@@ -125,59 +126,6 @@ def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
     This is what grouped queries mean. `Attention` gets the same result without the copies.
     """
     return x.repeat_interleave(n_rep, dim=2)
-
-
-class LayerCache(NamedTuple):
-    """The part of one layer's cache that a call uses."""
-
-    keys: torch.Tensor  # (batch, n_kv_heads, end, head_dim)
-    values: torch.Tensor
-    slots: tuple[Any, ...]  # index of this call's tokens in them
-
-    def update(self, xk: torch.Tensor, xv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store this call's keys and values, (batch, n_kv_heads, seq, head_dim), and return all up to `end`."""
-        self.keys[self.slots] = xk
-        self.values[self.slots] = xv
-        return self.keys, self.values
-
-
-class KVCache:
-    """The keys and values of the tokens so far, so that each token passes through the network once.
-
-    Its memory is taken when it is made.
-
-    Args:
-        shape: n_layers, max_batch_size, n_kv_heads, max_seq_len, head_dim.
-
-    Attributes:
-        keys, values: tensors of this shape.
-        tokens: of each row, the ids whose keys and values are known to be there; a call that reuses the cache looks
-            here. Empty whenever that isn't known.
-    """
-
-    def __init__(self, *shape: int, device: torch.device, dtype: torch.dtype) -> None:
-        with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
-            # Zeros, since a masked position has weight 0, and 0 times a NaN that happens to lie there would be NaN.
-            self.keys = torch.zeros(shape, device=device, dtype=dtype)
-            self.values = torch.zeros_like(self.keys)
-        self.tokens: list[list[int]] = []
-
-    def layers(self, batch: int, end: int, slots: tuple[Any, ...]) -> list[LayerCache]:
-        """Of each layer, the first `batch` rows up to position `end`."""
-        keys, values = self.keys[:, :batch, :, :end].unbind(0), self.values[:, :batch, :, :end].unbind(0)
-        return [LayerCache(k, v, slots) for k, v in zip(keys, values, strict=True)]
-
-    def reorder(self, rows: torch.Tensor, end: int) -> None:
-        """Make row i hold what row `rows[i]` holds, up to position `end`."""
-        self.tokens = []
-        rows = rows.to(self.keys.device)
-        for tensor in (*self.keys, *self.values):  # a layer at a time, so that the copies stay small
-            tensor[: len(rows), :, :end] = tensor[:, :, :end].index_select(0, rows)
-
-    def clear(self, start: int, end: int) -> None:
-        """Set positions from `start` to `end` to zeros."""
-        self.keys[..., start:end, :] = 0
-        self.values[..., start:end, :] = 0
 
 
 class Attention(nn.Module):

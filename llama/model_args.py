@@ -50,37 +50,26 @@ class ModelArgs:
 
     def check(self, model_parallel_size: int = 1) -> None:
         """Raise InputError if no network of these sizes can be made, or not on this many processes."""
-        for name in (
-            "norm_eps",
-            "rope_theta",
-            "rope_scaling_factor",
-            "rope_original_max_seq_len",
-            "ffn_dim_multiplier",
-        ):
+        factors = ("norm_eps", "rope_theta", "rope_scaling_factor", "rope_original_max_seq_len", "ffn_dim_multiplier")
+        sizes = ("dim", "n_layers", "n_heads", "kv_heads", "vocab_size", "head_size", "multiple_of", "ffn_size")
+        limits = ("max_batch_size", "max_seq_len", "max_position_embeddings")
+        for name in (*factors, *sizes, *limits):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name}={value} must be a number above 0")
+                raise InputError(f"{name}={value} must be {'a number above 0' if name in factors else 'at least 1'}")
+        low, high, divisors = self.rope_low_freq_factor, self.rope_high_freq_factor, self.rope_divisors
+        if not 0 < low < high < math.inf:
+            raise InputError(f"rope_low_freq_factor={low} must be above 0, and below rope_high_freq_factor={high}")
         if self.ffn_dim_multiplier is not None and self.ffn_dim_multiplier > 1e6:
             raise InputError(f"ffn_dim_multiplier={self.ffn_dim_multiplier} is too large")
-        if not 0 < self.rope_low_freq_factor < self.rope_high_freq_factor < math.inf:
-            raise InputError(
-                f"rope_low_freq_factor={self.rope_low_freq_factor} must be above 0, and below "
-                f"rope_high_freq_factor={self.rope_high_freq_factor}"
-            )
-        sizes = ("dim", "n_layers", "n_heads", "kv_heads", "vocab_size", "head_size", "multiple_of", "ffn_size")
-        for name in (*sizes, "max_batch_size", "max_seq_len", "max_position_embeddings"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value} must be at least 1")
         if self.head_dim is None and self.dim % self.n_heads:
             raise InputError(f"dim={self.dim} must be a multiple of n_heads={self.n_heads}, or head_dim be given")
         if self.head_size % 2:
-            raise InputError(f"the head size, {self.head_size}, must be even: rotary embedding turns pairs")
-        if self.rope_divisors is not None:
-            if len(self.rope_divisors) not in (1, self.head_size // 2):
-                raise InputError(f"{len(self.rope_divisors)} rope_divisors for {self.head_size // 2} frequencies")
-            if not all(0 < divisor < math.inf for divisor in self.rope_divisors):
-                raise InputError(f"rope_divisors={self.rope_divisors!r:.80} must be numbers above 0")
+            raise InputError(f"the head size, {self.head_size}, must be even: rotary embedding rotates pairs")
+        if divisors is not None and len(divisors) not in (1, self.head_size // 2):
+            raise InputError(f"{len(divisors)} rope_divisors for {self.head_size // 2} frequencies")
+        if divisors is not None and not all(0 < divisor < math.inf for divisor in divisors):
+            raise InputError(f"rope_divisors={divisors!r:.80} must be numbers above 0")
         if self.n_heads % self.kv_heads:
             raise InputError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.kv_heads}")
         if not self._fits(model_parallel_size):
@@ -97,7 +86,7 @@ class ModelArgs:
 
 
 def feed_forward_size(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
-    """The width of SwiGLU: two thirds of `hidden_dim` (it has three matrices, not two), scaled, rounded up."""
+    """The width of SwiGLU: two thirds of `hidden_dim` (it has three matrices, not two), scaled and rounded up."""
     hidden_dim = int(2 * hidden_dim / 3)
     if ffn_dim_multiplier is not None:
         hidden_dim = int(ffn_dim_multiplier * hidden_dim)

@@ -1,14 +1,15 @@
-"""What `Llama` needs of a network, of a tokenizer and of a chat format: anything with these methods will do.
+"""What `Llama` needs of a network and of a tokenizer: anything with these methods will do.
 
-`Transformer`, `Tokenizer` and `ChatFormat` have them; so may a network of your own.
+`Transformer` and `Tokenizer` have them; so may a network of your own. What it needs of a chat format is in
+`llama.chat_format.DialogFormat`.
 """
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from llama.chat_format import Dialog
+if TYPE_CHECKING:  # a tokenizer needs no torch
+    import torch
 
 
 class ModelLimits(Protocol):
@@ -21,7 +22,8 @@ class ModelLimits(Protocol):
 class LanguageModel(Protocol):
     """A network that continues sequences of token ids."""
 
-    params: ModelLimits
+    @property
+    def params(self) -> ModelLimits: ...
 
     def forward(self, tokens: torch.Tensor, start_pos: int | torch.Tensor) -> torch.Tensor:
         """The logits of the token after each of `tokens`.
@@ -40,7 +42,7 @@ class LanguageModel(Protocol):
 
 
 class Cache(Protocol):
-    """The keys and values of the tokens so far, as `llama.model.KVCache` has them."""
+    """The keys and values of the tokens so far. `llama.model.KVCache` is one, for networks of any kind."""
 
     tokens: list[list[int]]
 
@@ -55,7 +57,10 @@ class Cache(Protocol):
 
 @runtime_checkable
 class CachedModel(LanguageModel, Protocol):
-    """A network whose cache can be reordered, as several answers to a prompt and beam search need, and reused."""
+    """A network whose cache can be reordered, as several answers to a prompt and beam search need it, and reused.
+
+    `forward` must empty the cache's `tokens`.
+    """
 
     def setup_cache(self) -> Cache:
         """The cache that `forward` uses; made now if there is none yet."""
@@ -63,26 +68,11 @@ class CachedModel(LanguageModel, Protocol):
 
 
 class TextTokenizer(Protocol):
-    """Turns text into ids and back. The ids that end an answer are its `stop_tokens`, or else its `eos_id`."""
+    """Turns text into ids and back.
+
+    The ids that end an answer are its `stop_tokens`, or else its `eos_id`. Chat formats look for its `special_tokens`.
+    """
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]: ...
 
     def decode(self, t: list[int]) -> str: ...
-
-
-class DialogFormat(Protocol):
-    """Turns a dialog into the prompt that asks for the assistant's next message.
-
-    If it has a method `refusal`, that is asked what to answer in the model's place, or None.
-    """
-
-    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]: ...
-
-
-class TokenIds(Protocol):
-    """What `ChatFormat` needs of a tokenizer beside `TextTokenizer`: the ids of its control tokens by name."""
-
-    special_tokens: dict[str, int]
-
-
-Prompts = Sequence[Sequence[int]]

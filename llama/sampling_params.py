@@ -140,11 +140,8 @@ class SamplingParams:
 
 def check_number(name: str, value: Any, minimum: float, maximum: float = math.inf, *, integer: bool = False) -> None:
     """Raise InputError if an argument is no number (of Python or numpy) between `minimum` and `maximum`."""
-    if isinstance(value, bool) or not isinstance(value, Integral if integer else Real) or not math.isfinite(value):
-        in_range = False
-    else:
-        in_range = minimum <= value <= maximum
-    if not in_range:
+    is_number = isinstance(value, Integral if integer else Real) and not isinstance(value, bool)
+    if not is_number or not minimum <= value <= maximum or value == math.inf:
         bounds = f"of at least {minimum}" if maximum == math.inf else f"between {minimum} and {maximum}"
         raise InputError(f"{name}={value!r} must be a {'whole ' if integer else ''}number {bounds}")
 

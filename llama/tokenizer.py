@@ -20,15 +20,14 @@ class Tokenizer:
             `*.gguf` file that carries a byte-level vocabulary; told apart by looking at the file.
 
     Attributes:
-        n_words: number of tokens; in Hugging Face folders, of rows of the embedding, which may be padded.
-        n_padding: how many of them no text is made of.
+        n_words: vocabulary size; with Hugging Face's layout, the embedding's, which may be padded by `n_padding`.
         bos_id, eos_id: the ids that begin (None if there is none) and end a text.
         pad_id: -1; no model ever sees it.
         stop_tokens: the ids at which generation ends.
         special_tokens: name -> id of the tokens that no plain text encodes to (empty for Llama 2).
-        add_bos: whether a text to complete starts with BOS.
+        add_bos: whether a text to complete begins with BOS.
         chat_template: the Jinja template the file carries, or None.
-        vocabulary: the byte pairs it is made of; None for Llama 2.
+        vocabulary: the tokens' bytes and ranks; None for Llama 2.
 
     Raises:
         MissingFileError: no such file.
