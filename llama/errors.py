@@ -1,21 +1,21 @@
 """The exceptions this library raises.
 
-The reference checks its input with `assert`, so programs written for it catch `AssertionError`. Ours are proper
-`ValueError`s (or `FileNotFoundError`s) that are `AssertionError`s too, and that `python -O` doesn't remove.
+The reference checks its input with `assert`, so programs written for it catch `AssertionError`. Ours are ordinary
+`ValueError`s (or `FileNotFoundError`s) that are `AssertionError`s as well, and `python -O` doesn't remove them.
 """
 
 
 class InputError(ValueError, AssertionError):
-    """An argument can't be used; the message gives its value and what would be right."""
+    """An argument is invalid; the message gives its value and what would be valid."""
 
 
 class CheckpointError(InputError):
-    """A checkpoint or tokenizer file is damaged, hostile, or doesn't fit; the message names the file."""
+    """A checkpoint or tokenizer file is damaged, hostile or not supported; the message names the file."""
 
 
 class MissingFileError(FileNotFoundError, AssertionError):
-    """A file or folder isn't there; the message says what was looked for and what was found instead."""
+    """A file or folder does not exist; the message says what was looked for and what is there instead."""
 
 
 class DownloadError(RuntimeError):
-    """The default model could not be fetched; the message says what to do."""
+    """The default model could not be downloaded; the message says what to do."""

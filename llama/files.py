@@ -1,4 +1,4 @@
-"""Files a user names: are they there, and what their names say? And folders, written whole or not at all."""
+"""Path validation, JSON reading, atomic writes."""
 
 import contextlib
 import json
@@ -6,53 +6,61 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from llama.errors import CheckpointError, InputError, MissingFileError
+
+T = TypeVar("T")
+Default = TypeVar("Default")
 
 _REQUIRED = object()
 
 
-def require_path(path: str | Path, what: str) -> Path:
-    """`path` as a Path, if something is there.
+def require_path(path: str | Path, name: str) -> Path:
+    """`path` as a Path to an existing file or folder, with `~` expanded.
 
     Args:
-        what: the argument or file that is meant, for the message.
+        path: the path.
+        name: the argument or file it stands for, for the error message.
 
     Raises:
         InputError: not a path at all, such as a flag that took the next flag as its value.
-        MissingFileError: nothing is there; the message tells what its folder holds.
+        MissingFileError: nothing exists there; the message lists what its folder holds.
     """
-    found = as_path(path, what)
-    if found.exists():
-        return found
-    parent = next(folder for folder in found.absolute().parents if folder.is_dir())
-    raise MissingFileError(f"{what}={str(path)!r} does not exist; {parent} holds {listing(parent)}")
+    result = as_path(path, name)
+    if result.exists():
+        return result
+    parent = next(folder for folder in result.absolute().parents if folder.is_dir())
+    raise MissingFileError(f"{name}={str(path)!r} does not exist; {parent} holds {listing(parent)}")
 
 
-def as_path(path: str | Path, what: str) -> Path:
-    """`path` as a Path, whether something is there or not; InputError if it can't be one."""
+def as_path(path: str | Path, name: str) -> Path:
+    """`path` as a Path, whether or not anything exists there, with `~` expanded.
+
+    Raises:
+        InputError: it can't be a path.
+    """
     if not isinstance(path, str | Path) or not str(path).strip() or str(path).strip().startswith("--"):
-        raise InputError(f"{what}={path!r} is no path; give the path of a folder or file")
+        raise InputError(f"{name}={path!r} is not a path; give the path of a folder or file")
     try:
-        found = Path(path).expanduser()
-        found.exists()
+        result = Path(path).expanduser()
+        result.exists()
     except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a null byte
-        raise InputError(f"{what}={path!r:.80} is no path: {error}") from error
-    return found
+        raise InputError(f"{name}={path!r:.80} is not a path: {error}") from error
+    return result
 
 
 def listing(folder: Path) -> str:
-    """The names in a folder, for a message."""
+    """The names of the first entries of a folder, for an error message."""
     names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir())
     return (", ".join(names[:12]) + (f", … ({len(names)} in all)" if len(names) > 12 else "")) or "nothing"
 
 
 def first_bytes(path: Path, count: int = 512) -> bytes:
-    """The beginning of a file that should hold weights, a vocabulary or settings.
+    """The first `count` bytes of a file of weights, vocabulary or metadata.
 
     Raises:
-        CheckpointError: it is a folder, empty, or what a failed download leaves in its place.
+        CheckpointError: a folder, an empty file, or what a failed download leaves in a file's place.
     """
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, not a file; it holds {listing(path)}")
@@ -74,8 +82,8 @@ def first_bytes(path: Path, count: int = 512) -> bytes:
     return head
 
 
-def refuse_if_unmappable(path: Path, error: Exception) -> None:
-    """Raise MemoryError if that is why a file couldn't be mapped into memory."""
+def raise_if_unmappable(path: Path, error: Exception) -> None:
+    """Raise MemoryError if `error`, from memory-mapping the file, says that the system refused so large a mapping."""
     if "Cannot allocate memory" in str(error):
         raise MemoryError(
             f"{path} ({path.stat().st_size / 1e9:.1f} GB) is larger than what this system lets a program map into "
@@ -84,33 +92,44 @@ def refuse_if_unmappable(path: Path, error: Exception) -> None:
 
 
 class Metadata:
-    """Named values that a file holds, each asked for with the type it must have."""
+    """The key-value pairs of a file, with a type check on every access.
+
+    Args:
+        path: the file, for error messages.
+        values: its key-value pairs.
+    """
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         self.path = path
         self.values = values
 
-    def get(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """One value.
+    @overload
+    def get(self, key: str, kind: type[T]) -> T: ...
+
+    @overload
+    def get(self, key: str, kind: type[T], default: Default) -> T | Default: ...
+
+    def get(self, key: str, kind: type[Any], default: Any = _REQUIRED) -> Any:
+        """The value of a key.
 
         Args:
             key: its name.
-            kind: the type it must have; a whole number serves as a float.
-            default: what an absent key means, and a null one; without it, the key must be there.
+            kind: the type the value must have; an int is accepted as a float.
+            default: returned where the key is absent or its value null; without a default, the key is required.
 
         Raises:
-            CheckpointError: the key is absent, or its value is of another type.
+            CheckpointError: a required key is absent, or the value has another type or is too large.
         """
-        value: Any = self.values.get(key)
+        value = self.values.get(key)
         if value is None:
             if default is _REQUIRED:
                 raise CheckpointError(f"{self.path} lacks {key!r}")
             return default
-        kinds: Any = (int, float) if kind is float else kind
-        if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-            raise CheckpointError(f"{self.path}: {key} is {value!r:.80}, which is no {kind.__name__}")
+        accepted = (int, float) if kind is float else kind
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            raise CheckpointError(f"{self.path}: {key} is {value!r:.80}, not of type {kind.__name__}")
         if isinstance(value, int) and abs(value) >= 2**63:
-            raise CheckpointError(f"{self.path}: {key} is {value!r:.80}, which is no {kind.__name__} there can be")
+            raise CheckpointError(f"{self.path}: {key} is {value!r:.80}, outside the range of 64-bit integers")
         return float(value) if kind is float else value
 
 
@@ -118,43 +137,57 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        CheckpointError: the file can't be read, or holds something else.
+        CheckpointError: the file can't be read, or isn't a JSON object.
     """
     head = first_bytes(path)
     try:
-        found = json.loads(path.read_bytes())
+        values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}); it begins with {head[:40]!r}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {found!r:.80}")
-    return found
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {values!r:.80}")
+    return values
 
 
-def writable_file(path: str | Path, what: str) -> Path:
-    """`path` as a Path, if a file can get this name; raises what `require_path` does for its folder."""
-    file = as_path(path, what).resolve()  # not the link to it
-    require_path(file.parent, f"the folder of {what}")
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file for people to read: indented, in UTF-8."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def writable_file(path: str | Path, name: str) -> Path:
+    """`path` as the Path of a file that can be written, symbolic links resolved; its folder must exist.
+
+    Args:
+        path: the path.
+        name: the argument it stands for, for the error message.
+
+    Raises:
+        InputError: not a path, or something other than a file has this name.
+        MissingFileError: its folder does not exist.
+    """
+    file = as_path(path, name).resolve()
+    require_path(file.parent, f"the folder of {name}")
     if not file.parent.is_dir() or (file.exists() and not file.is_file()):
-        raise InputError(f"{what}={str(path)!r} must be the name of a file in a folder")
+        raise InputError(f"{name}={str(path)!r} must be the name of a file in a folder")
     return file
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file that gets its name only when all of it is written; one of that name is replaced."""
-    scratch = file.with_name(f".{file.name}.unfinished-{uuid.uuid4().hex[:8]}")
+    """Write a text file atomically, replacing any older one: interrupted, it leaves the older one as it was."""
+    temporary = _temporary_path(file)
     try:
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(file)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
     finally:
-        scratch.unlink(missing_ok=True)
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.unlink(missing_ok=True)
 
 
 def free_path(folder: str | Path) -> Path:
-    """The absolute path of a folder to write; InputError if one is there already, with something in it, or a file."""
+    """The absolute path of a folder to write, where there is nothing yet or an empty folder.
+
+    Raises:
+        InputError: not a path, or a file or a folder that isn't empty has this name.
+    """
     target = as_path(folder, "the folder to write").absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} is there already; give the name of a new folder")
@@ -163,21 +196,26 @@ def free_path(folder: str | Path) -> Path:
 
 @contextlib.contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name, `folder`, only when the block has ended well.
+    """Write a folder atomically: yields a temporary folder, which is renamed to `folder` when the block succeeds.
 
-    Whatever interrupts the writing, no folder is left that looks finished.
+    If the block fails, the temporary folder is removed.
 
     Raises:
-        InputError: there is a folder of that name already, with something in it, or a file.
+        InputError: see `free_path`.
     """
     target = free_path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name}.unfinished-{uuid.uuid4().hex[:8]}")
-    scratch.mkdir()
+    temporary = _temporary_path(target)
+    temporary.mkdir()
     try:
-        yield scratch
+        yield temporary
         if target.exists():
             target.rmdir()
-        scratch.replace(target)
+        temporary.replace(target)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary_path(target: Path) -> Path:
+    """A new hidden name beside `target`, on the same file system, so that renaming to `target` is atomic."""
+    return target.with_name(f".{target.name}.unfinished-{uuid.uuid4().hex[:8]}")

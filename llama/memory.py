@@ -1,4 +1,4 @@
-"""What a model takes in memory. The code is in `llama.checkpoint.memory`; programs import `footprint` from here."""
+"""The memory that a model takes: the public import of `footprint`, which `llama.checkpoint.memory` implements."""
 
 from llama.checkpoint.memory import Footprint, footprint
 

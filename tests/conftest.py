@@ -1,4 +1,8 @@
-"""What the tests share: tiny models with strong random weights, tiny real tokenizer files, and checkpoints of them."""
+"""What tests share: tiny models with large random weights, tiny tokenizer files, checkpoints of them, processes.
+
+Hypothesis tries few examples, and new ones each time, unless the environment variable CI is set: then it tries many,
+always the same. `transformers` is imported only where it is used, since that takes seconds.
+"""
 
 import base64
 import json
@@ -6,7 +10,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -16,41 +19,55 @@ import gguf
 import pytest
 import tokenizers
 import torch
-import transformers
+from hypothesis import settings
 from sentencepiece import SentencePieceTrainer
 
 import llama.distributed
 import llama.parallel
 from llama import ModelArgs, Tokenizer, Transformer
 from llama.checkpoint import check_tensors, load_model, open_checkpoint, split_axis
-from llama.checkpoint import save as saving
+from llama.checkpoint import save as save_module
 from llama.default_model import default_checkpoint, fetch
 from llama.gguf_file import GGUFFile
-from llama.vocab.vocabulary import LLAMA3_PATTERN, LLAMA3_SPECIAL, gpt2_characters
+from llama.vocab.tiktoken_file import LLAMA3_SPECIAL_TOKENS
+from llama.vocab.vocabulary import LLAMA3_PATTERN, gpt2_characters
 
 ROOT = Path(__file__).parent.parent
+IN_CI = bool(os.environ.get("CI"))
 
-# Of the damaged files that test_hostile_files.py made of each layout: how many were refused, and how.
-DAMAGED: dict[str, Counter[str]] = defaultdict(Counter)
+settings.register_profile("ci", derandomize=True, deadline=None)
+settings.register_profile("desk", max_examples=15, deadline=None)
+settings.load_profile("ci" if IN_CI else "desk")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the other cores run other tests
+    torch.set_num_threads(1)
+
+
+def examples(count: int) -> settings:
+    """Hypothesis settings, to decorate a test with: `count` examples in CI, elsewhere as few as for any test."""
+    return settings(max_examples=count) if IN_CI else settings()
 
 
 def pytest_terminal_summary(terminalreporter):
-    for layout, outcomes in DAMAGED.items():
-        counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
-        terminalreporter.write_line(f"damaged files, {layout}: {sum(outcomes.values())} tried: {counts}")
+    """Print what tests recorded as their "summary", whichever process they ran in."""
+    for report in [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]:
+        for name, value in report.user_properties:
+            if name == "summary":
+                terminalreporter.write_line(value)
 
 
 def tiny_args(**changes) -> ModelArgs:
-    """Four heads of size 32 over two kv heads, two layers; a feed-forward width of 192."""
+    """Two layers; four heads of size 32 that share two kv heads; a feed-forward width of 192."""
     sizes = {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 320, "multiple_of": 64}
     sizes |= {"ffn_dim_multiplier": 0.5, "max_batch_size": 4, "max_seq_len": 96}
     return ModelArgs(**(sizes | changes))
 
 
 def strong(model: Transformer, seed: int = 0) -> Transformer:
-    """Give a model weights so large that every part of it matters to the logits.
+    """Give a model random weights so large that every part of it matters to the logits.
 
-    At a deviation of 0.3 the rounding of float32 alone moves the logits of these sizes by 2e-4, in any implementation.
+    Their standard deviation is 0.2. At 0.3, rounding in float32 alone changes the logits of the tiny model by 2e-4, in
+    any implementation, which is more than the tests tolerate.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -63,11 +80,12 @@ def strong(model: Transformer, seed: int = 0) -> Transformer:
 
 
 def tiny_model(seed: int = 0, **changes) -> Transformer:
+    """A network of the sizes of `tiny_args` with the weights of `strong`."""
     return strong(Transformer(tiny_args(**changes)), seed)
 
 
 class ScriptedTokenizer:
-    """The least a tokenizer can be: words of a text are its tokens' numbers."""
+    """The smallest possible tokenizer: a text is a list of token ids, separated by spaces."""
 
     pad_id = -1
     eos_id = 2
@@ -76,14 +94,17 @@ class ScriptedTokenizer:
         self.stop_tokens = set(stop_tokens)
 
     def encode(self, s, bos, eos):
-        return [1] * bos + [int(word) for word in s.split()] + [2] * eos
+        return [1] * bos + [int(number) for number in s.split()] + [2] * eos
 
     def decode(self, t):
         return " ".join(str(token) for token in t)
 
 
 class ScriptedModel:
-    """A model that always continues token n with n + 1; it counts its calls."""
+    """A model that always continues token n with n + 1.
+
+    `calls` has the shape of the tokens and the start position of each call.
+    """
 
     def __init__(self, vocab_size=50, max_batch_size=4, max_seq_len=32):
         self.params = SimpleNamespace(max_batch_size=max_batch_size, max_seq_len=max_seq_len)
@@ -95,20 +116,27 @@ class ScriptedModel:
         return 20.0 * torch.nn.functional.one_hot((tokens + 1) % self.vocab_size, self.vocab_size).float()
 
 
-MERGED = [b"th", b"he", b" t", b"in", b" the", b"er", b"an", b"ou", b"\n\n", b"ing", b"user", b"us"]
+MERGED_TOKENS = [b"th", b"he", b" t", b"in", b" the", b"er", b"an", b"ou", b"\n\n", b"ing", b"user", b"us"]
 
 
 def write_llama3_tokenizer(path: Path, more: tuple[bytes, ...] = ()) -> Path:
-    """A tokenizer.model of Llama 3's kind: the 256 bytes and a few merges."""
-    tokens = [bytes([byte]) for byte in range(256)] + MERGED + list(more)
+    """Write a tokenizer.model of Llama 3's kind: the 256 bytes, a few merged tokens, and `more` of them."""
+    tokens = [bytes([byte]) for byte in range(256)] + MERGED_TOKENS + list(more)
     path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % rank for rank, t in enumerate(tokens)))
     return path
 
 
 def write_tokenizer_json(folder: Path, ends: tuple[str, ...] = ("end_of_text", "eom_id", "eot_id")) -> None:
-    """The same tokenizer as Hugging Face writes it, with the files that lie beside it in Llama 3's folders."""
+    """Write the same tokenizer as Hugging Face's tokenizer.json, with the files beside it in Llama 3's folders.
+
+    Args:
+        folder: where to write them.
+        ends: the special tokens that generation_config.json lists as ends of a text.
+    """
     characters = gpt2_characters()
-    names = ["".join(characters[byte] for byte in token) for token in [*(bytes([b]) for b in range(256)), *MERGED]]
+    names = [
+        "".join(characters[byte] for byte in token) for token in [*(bytes([b]) for b in range(256)), *MERGED_TOKENS]
+    ]
     vocabulary = {name: i for i, name in enumerate(names)}
     merges = [
         (name[:cut], name[cut:])
@@ -121,7 +149,7 @@ def write_tokenizer_json(folder: Path, ends: tuple[str, ...] = ("end_of_text", "
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     engine.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
     engine.decoder = tokenizers.decoders.ByteLevel()
-    special = [name if i != 8 else "<|eom_id|>" for i, name in enumerate(LLAMA3_SPECIAL)]
+    special = [name if i != 8 else "<|eom_id|>" for i, name in enumerate(LLAMA3_SPECIAL_TOKENS)]
     engine.add_special_tokens(special)
     template = "<|begin_of_text|> $A"
     engine.post_processor = tokenizers.processors.Sequence(
@@ -139,9 +167,10 @@ def write_tokenizer_json(folder: Path, ends: tuple[str, ...] = ("end_of_text", "
 
 
 def write_llama2_tokenizer(path: Path) -> Path:
-    """A tokenizer.model of Llama 2's kind: byte-pair sentencepiece with bytes to fall back on."""
+    """Write a tokenizer.model of Llama 2's kind: byte-pair sentencepiece with byte fallback, 320 tokens."""
     text = path.with_suffix(".txt")
-    text.write_text("".join(f"the {w} is in the other {w}, and the user asks\n" for w in ["house", "world", "river"]))
+    nouns = ["house", "world", "river"]
+    text.write_text("".join(f"the {noun} is in the other {noun}, and the user asks\n" for noun in nouns))
     SentencePieceTrainer.train(
         input=str(text),
         model_prefix=str(path.with_suffix("")),
@@ -193,7 +222,7 @@ def smollm():
 
 @pytest.fixture(scope="session")
 def hugging_face_smollm():
-    """Hugging Face's engine over the same vocabulary."""
+    """Hugging Face's own tokenizer with the default model's vocabulary."""
     file = GGUFFile(default_checkpoint())
     vocabulary = {token: i for i, token in enumerate(file.get("tokenizer.ggml.tokens", list))}
     merges = [tuple(merge.split(" ")) for merge in file.get("tokenizer.ggml.merges", list)]
@@ -205,7 +234,7 @@ def hugging_face_smollm():
 
 
 def load(folder, dtype=torch.float32, **sizes) -> Transformer:
-    """The network of a checkpoint of any layout."""
+    """The network of a checkpoint of any layout, on the CPU; `sizes` are those of its cache."""
     checkpoint = open_checkpoint(folder)
     sizes = {"max_seq_len": 96, "max_batch_size": 2} | sizes
     args = checkpoint.settings.model_args(checkpoint.tokenizer().n_words, **sizes)
@@ -214,42 +243,55 @@ def load(folder, dtype=torch.float32, **sizes) -> Transformer:
 
 
 def same_weights(a: Transformer, b: Transformer) -> bool:
+    """Whether two networks have exactly the same parameters."""
     ours, theirs = a.state_dict(), b.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def cut(path: Path, keep: float = 0.6) -> None:
-    """Leave only the first part of a file."""
+    """Cut off the end of a file, so that the fraction `keep` of it is left."""
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
 
 
 def write_meta_checkpoint(
     folder: Path, model: Transformer, tokenizer_path: Path, n_files: int = 1, columns: bool = False, **params
 ) -> Path:
-    """A folder in Meta's layout, the weights cut over `n_files` files the way Meta cuts them.
+    """Write a folder in Meta's layout, the weights split over the files as Meta splits them.
 
-    With more files than kv heads, several hold the same head. `columns`: the embedding is cut as Llama 2's is.
+    With more files than kv heads, several hold the same head.
+
+    Args:
+        folder: where to write it.
+        model: the weights.
+        tokenizer_path: the tokenizer.model to copy into it.
+        n_files: number of files of weights.
+        columns: split the embedding along dim, as Llama 2's files do, not along the vocabulary.
+        params: additions to params.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n_files):
-        part = {}
+        tensors = {}
         for name, weight in model.state_dict().items():
-            pieces, axis = n_files, split_axis(name)
+            count, axis = n_files, split_axis(name)
             if name.endswith(("wk.weight", "wv.weight")):
-                pieces = min(n_files, model.params.kv_heads)
+                count = min(n_files, model.params.kv_heads)
             if name == "tok_embeddings.weight" and columns:
                 axis = 1
-            part[name] = (weight if axis is None else weight.chunk(pieces, dim=axis)[i * pieces // n_files]).clone()
-        torch.save(part, folder / f"consolidated.{i:02d}.pth")
+            tensors[name] = (weight if axis is None else weight.chunk(count, dim=axis)[i * count // n_files]).clone()
+        torch.save(tensors, folder / f"consolidated.{i:02d}.pth")
     reference_keys = list(asdict(ModelArgs()))[:9]
-    kept = {key: value for key, value in asdict(model.params).items() if key in reference_keys}
-    (folder / "params.json").write_text(json.dumps(kept | params))
+    sizes = {key: value for key, value in asdict(model.params).items() if key in reference_keys}
+    (folder / "params.json").write_text(json.dumps(sizes | params))
     (folder / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
     return folder
 
 
 class Ranks:
-    """Model-parallel processes played by threads of this one, for numbers of them that this machine can't start."""
+    """Simulates model-parallel processes by threads, to test more of them than this machine could start.
+
+    `run` calls a function on every rank. The groups and collectives that loading, saving and the network use are
+    replaced until `monkeypatch` is undone.
+    """
 
     def __init__(self, monkeypatch, size: int):
         self.size = size
@@ -267,18 +309,19 @@ class Ranks:
         monkeypatch.setattr(
             llama.parallel, "gather_from_model_parallel_region", lambda x: torch.cat(self.exchange(x), dim=-1)
         )
-        monkeypatch.setattr(saving, "gather", self.exchange)
-        monkeypatch.setattr(saving, "is_first_rank", lambda: self.local.rank == 0)
+        monkeypatch.setattr(save_module, "gather", self.exchange)
+        monkeypatch.setattr(save_module, "is_first_rank", lambda: self.local.rank == 0)
 
-    def exchange(self, x):
+    def exchange(self, x) -> list:
+        """Every rank's `x`, in rank order."""
         self.slots[self.local.rank] = x
         self.barrier.wait()
-        found = list(self.slots)
-        self.barrier.wait()
-        return found
+        values = list(self.slots)
+        self.barrier.wait()  # no rank may replace its value before all have taken it
+        return values
 
     def run(self, function) -> list:
-        """What `function()` returns on each rank."""
+        """The results of `function()` on every rank, in rank order."""
 
         def on_rank(rank):
             self.local.rank = rank
@@ -295,17 +338,23 @@ class Ranks:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory, llama3_path) -> Path:
-    """A one-file checkpoint whose vocabulary is the tiny Llama 3 tokenizer's."""
+    """A checkpoint in Meta's layout, in one file, with the tiny Llama 3 tokenizer. Tests must not change it."""
     folder = tmp_path_factory.mktemp("checkpoint")
     return write_meta_checkpoint(folder, tiny_model(vocab_size=Tokenizer(llama3_path).n_words), llama3_path)
 
 
 def run_python(*command: str | Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
-    """Run Python in a fresh process with little but the given environment variables, and wait for it."""
-    kept = {key: value for key, value in os.environ.items() if key not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
+    """Run Python in a new process, outside torchrun and with one thread, and wait for it.
+
+    Args:
+        command: its arguments.
+        timeout: in seconds.
+        environment: further environment variables.
+    """
+    inherited = {key: value for key, value in os.environ.items() if key not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
     return subprocess.run(
         [sys.executable, *map(str, command)],
-        env=kept | {"OMP_NUM_THREADS": "1"} | environment,
+        env=inherited | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -314,14 +363,21 @@ def run_python(*command: str | Path, timeout: float = 300, **environment: str) -
 
 
 def torchrun(n: int, *command: str | Path, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Run a script under torchrun with n processes, on a free port."""
+    """Run a script under torchrun with `n` processes, on a free port."""
     return run_python(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), *command, timeout=timeout
     )
 
 
 def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, **changes):
-    """A GGUF file of a tiny model with a byte-level vocabulary, written by the gguf package."""
+    """Write a GGUF file of a tiny model with a byte-level vocabulary, using the gguf package.
+
+    Args:
+        path: the file.
+        model: the weights.
+        quantization: the type that matrices are stored as; norms are stored in float32.
+        changes: changes of the metadata by key; `...` removes one. `architecture` is the file's.
+    """
     args = model.params
     writer = gguf.GGUFWriter(path, changes.pop("architecture", "llama"))
     tokens = ["<|im_start|>", "<|im_end|>", *gpt2_characters(), "th", "he"]
@@ -343,11 +399,11 @@ def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, **change
         "tokenizer.ggml.eos_token_id": 1,
         "tokenizer.ggml.add_bos_token": False,
     }
-    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
-    add[bool] = writer.add_bool
+    add_value = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    add_value[bool] = writer.add_bool
     for key, value in (metadata | changes).items():
         if value is not ...:
-            add[type(value)](key, value)
+            add_value[type(value)](key, value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, args.n_layers)
     for name, weight in model.named_parameters():
         array = weight.detach().numpy()
@@ -360,8 +416,10 @@ def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, **change
     return path
 
 
-def hugging_face_twin(model: Transformer) -> transformers.LlamaForCausalLM:
-    """Hugging Face's network with the same weights."""
+def hugging_face_twin(model: Transformer) -> torch.nn.Module:
+    """Hugging Face's LlamaForCausalLM with the same weights."""
+    import transformers
+
     args = model.params
     rope = {"rope_type": "default", "rope_theta": args.rope_theta}
     if args.use_scaled_rope:
@@ -395,22 +453,24 @@ def hugging_face_twin(model: Transformer) -> transformers.LlamaForCausalLM:
     theirs = {"model.embed_tokens.weight": ours["tok_embeddings.weight"], "model.norm.weight": ours["norm.weight"]}
     theirs["lm_head.weight"] = ours["output.weight"]
     for i in range(args.n_layers):
-        us, them = f"layers.{i}.", f"model.layers.{i}."
-        theirs[them + "self_attn.q_proj.weight"] = half_split(ours[us + "attention.wq.weight"])
-        theirs[them + "self_attn.k_proj.weight"] = half_split(ours[us + "attention.wk.weight"])
-        theirs[them + "self_attn.v_proj.weight"] = ours[us + "attention.wv.weight"]
-        theirs[them + "self_attn.o_proj.weight"] = ours[us + "attention.wo.weight"]
-        theirs[them + "mlp.gate_proj.weight"] = ours[us + "feed_forward.w1.weight"]
-        theirs[them + "mlp.down_proj.weight"] = ours[us + "feed_forward.w2.weight"]
-        theirs[them + "mlp.up_proj.weight"] = ours[us + "feed_forward.w3.weight"]
-        theirs[them + "input_layernorm.weight"] = ours[us + "attention_norm.weight"]
-        theirs[them + "post_attention_layernorm.weight"] = ours[us + "ffn_norm.weight"]
+        our_layer, their_layer = f"layers.{i}.", f"model.layers.{i}."
+        theirs[their_layer + "self_attn.q_proj.weight"] = half_split(ours[our_layer + "attention.wq.weight"])
+        theirs[their_layer + "self_attn.k_proj.weight"] = half_split(ours[our_layer + "attention.wk.weight"])
+        theirs[their_layer + "self_attn.v_proj.weight"] = ours[our_layer + "attention.wv.weight"]
+        theirs[their_layer + "self_attn.o_proj.weight"] = ours[our_layer + "attention.wo.weight"]
+        theirs[their_layer + "mlp.gate_proj.weight"] = ours[our_layer + "feed_forward.w1.weight"]
+        theirs[their_layer + "mlp.down_proj.weight"] = ours[our_layer + "feed_forward.w2.weight"]
+        theirs[their_layer + "mlp.up_proj.weight"] = ours[our_layer + "feed_forward.w3.weight"]
+        theirs[their_layer + "input_layernorm.weight"] = ours[our_layer + "attention_norm.weight"]
+        theirs[their_layer + "post_attention_layernorm.weight"] = ours[our_layer + "ffn_norm.weight"]
     twin.load_state_dict(theirs)
     return twin
 
 
 def hugging_face_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """What transformers makes of a folder."""
+    """The logits that transformers computes for the model in a folder."""
+    import transformers
+
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()

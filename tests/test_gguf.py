@@ -1,4 +1,4 @@
-"""GGUF files, of every kind of quantization, and everything that can be wrong with them."""
+"""GGUF files: every kind of quantization, rope scaling, and refusing damaged and unsupported files."""
 
 import math
 import struct
@@ -19,12 +19,12 @@ from llama.gguf_file import GGUFFile
 def test_gguf(tmp_path, tied):
     model = tiny_model(tie_embeddings=tied)
     path = write_gguf(tmp_path / "model.gguf", model)
-    for ckpt_dir in (path, tmp_path):  # the file, or a folder that holds just it
-        found = load(ckpt_dir)
-        assert same_weights(found, model)
-        assert (found.output.weight is found.tok_embeddings.weight) == tied
-    assert found.params.norm_eps == pytest.approx(model.params.norm_eps)
-    assert (found.params.rope_theta, found.params.kv_heads) == (500000, 2)
+    for ckpt_dir in (path, tmp_path):  # the file, or the folder it is in
+        loaded = load(ckpt_dir)
+        assert same_weights(loaded, model)
+        assert (loaded.output.weight is loaded.tok_embeddings.weight) == tied
+    assert loaded.params.norm_eps == pytest.approx(model.params.norm_eps)
+    assert (loaded.params.rope_theta, loaded.params.kv_heads) == (500000, 2)
     checkpoint = open_checkpoint(path)
     assert checkpoint.settings.params["max_position_embeddings"] == 128
     tokenizer = checkpoint.tokenizer()
@@ -39,39 +39,42 @@ def test_gguf(tmp_path, tied):
 def test_quantized_gguf(tmp_path, kind):
     model = tiny_model()
     quantization = gguf.GGMLQuantizationType[kind]
-    found = load(write_gguf(tmp_path / "model.gguf", model, quantization)).state_dict()
+    loaded = load(write_gguf(tmp_path / "model.gguf", model, quantization)).state_dict()
     for name, weight in model.state_dict().items():
-        want = weight.numpy()
-        if want.ndim == 2:
-            want = gguf.dequantize(gguf.quantize(want, quantization), quantization)
-        assert np.array_equal(found[name].numpy(), want), name
+        expected = weight.numpy()
+        if expected.ndim == 2:
+            expected = gguf.dequantize(gguf.quantize(expected, quantization), quantization)
+        assert np.array_equal(loaded[name].numpy(), expected), name
 
 
-GGUF_CHANGES = {
+UNSUPPORTED = {
     "another architecture": ({"architecture": "qwen2"}, "architecture 'qwen2'; only 'llama'"),
-    "experts": ({"llama.expert_count": 8}, r"experts: 8, but this network knows only \[0\]"),
-    "rope scaling": ({"llama.rope.scaling.type": "yarn"}, "rope scaling: 'yarn', but"),
-    "one of several parts": ({"split.count": 3}, r"parts it is split into: 3, but"),
-    "narrow values": ({"llama.attention.value_length": 16}, "features of a value head: 16, but"),
-    "rope on half of a head": ({"llama.rope.dimension_count": 16}, r"rotated features a head: 16, but .* only \[32\]"),
-    "a negative scale": ({"llama.rope.freq_base": -5.0}, r"rope_theta=-5\.0 must be a number above 0"),
+    "experts": ({"llama.expert_count": 8}, r"experts: 8, and this network knows only \[0\]"),
+    "rope scaling": ({"llama.rope.scaling.type": "yarn"}, "rope scaling: 'yarn', and"),
+    "one of several parts": ({"split.count": 3}, r"files it is split into: 3, and"),
+    "value heads of another size": ({"llama.attention.value_length": 16}, "features per value head: 16, and"),
+    "rope on half of a head": (
+        {"llama.rope.dimension_count": 16},
+        r"rotated features per head: 16, and .* only \[32\]",
+    ),
+    "a negative rotary base": ({"llama.rope.freq_base": -5.0}, r"rope_theta=-5\.0 must be a number above 0"),
     "a missing key": ({"llama.embedding_length": ...}, "lacks 'llama.embedding_length'"),
-    "a wrong type": ({"llama.block_count": "two"}, "llama.block_count is 'two', which is no int"),
+    "a wrong type": ({"llama.block_count": "two"}, "llama.block_count is 'two', not of type int"),
     "sentencepiece": ({"tokenizer.ggml.model": "llama"}, r"kind 'llama'.*pass the model's own tokenizer\.model"),
-    "unknown pieces": (
+    "an unknown pre-tokenizer": (
         {"tokenizer.ggml.pre": "tekken"},
         r"pre is 'tekken', not one of \['gpt-2', 'llama-bpe'",
     ),
-    "types of other tokens": ({"tokenizer.ggml.token_type": [1, 2]}, "320 tokens .* 2 token types"),
-    "an end that is no token": ({"tokenizer.ggml.eos_token_id": 999}, "eos 999 is not one of the 320 tokens"),
+    "too few token types": ({"tokenizer.ggml.token_type": [1, 2]}, "320 tokens .* 2 token types"),
+    "an eos outside the vocabulary": ({"tokenizer.ggml.eos_token_id": 999}, "eos 999 is not one of the 320 tokens"),
     "more layers": ({"llama.block_count": 3}, r"missing: layers\.2\.attention\.wq\.weight"),
     "fewer layers": ({"llama.block_count": 1}, r"unexpected: layers\.1\.attention\.wq\.weight"),
     "a wider model": ({"llama.embedding_length": 256}, r"wrong shape: norm\.weight is \(128,\), should be \(256,\)"),
 }
 
 
-@pytest.mark.parametrize(("changes", "message"), GGUF_CHANGES.values(), ids=GGUF_CHANGES)
-def test_gguf_files_that_can_t_be_run(tmp_path, changes, message):
+@pytest.mark.parametrize(("changes", "message"), UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_unsupported_files_are_refused(tmp_path, changes, message):
     path = write_gguf(tmp_path / "model.gguf", tiny_model(), **changes)
     with pytest.raises(ValueError, match=message) as error:
         Llama.build(path, None, 32, 1)
@@ -80,7 +83,7 @@ def test_gguf_files_that_can_t_be_run(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.0001, 0.01, 0.1, 0.5, 0.999])
-def test_cut_gguf(tmp_path, keep):
+def test_truncated_files_are_refused(tmp_path, keep):
     path = write_gguf(tmp_path / "model.gguf", tiny_model())
     cut(path, keep)
     with pytest.raises(ValueError, match=r"model\.gguf") as error:
@@ -88,14 +91,14 @@ def test_cut_gguf(tmp_path, keep):
     assert isinstance(error.value, AssertionError)
 
 
-def test_a_vocabulary_that_doesn_t_agree_with_a_gguf(tmp_path, llama3_path):
+def test_a_tokenizer_of_another_size(tmp_path, llama3_path):
     path = write_gguf(tmp_path / "model.gguf", tiny_model())
-    with pytest.raises(ValueError, match="has vocab_size=320, but its tokenizer has 524 words"):
+    with pytest.raises(ValueError, match="has vocab_size=320, but its tokenizer has 524 tokens"):
         Llama.build(path, llama3_path, 32, 1)
 
 
 def write_divisors(monkeypatch, divisors):
-    """Let `write_gguf` add what the rotary frequencies are divided by."""
+    """Make `write_gguf` add divisors of the rotary frequencies to the file."""
     write = gguf.GGUFWriter.write_header_to_file
 
     def with_divisors(writer):
@@ -106,8 +109,8 @@ def write_divisors(monkeypatch, divisors):
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_divisors_of_llama3s_rule(tmp_path, monkeypatch, factor):
-    """As llama.cpp's converter works them out, in Llama 3.1's files and later ones."""
+def test_rope_divisors_of_llama3(tmp_path, monkeypatch, factor):
+    """Computed as in the files of Llama 3.1 and later."""
     scaled = {"use_scaled_rope": True, "rope_scaling_factor": factor, "rope_theta": 500000.0}
     model = tiny_model(**scaled)
     divisors = []
@@ -117,25 +120,25 @@ def test_divisors_of_llama3s_rule(tmp_path, monkeypatch, factor):
         blended = 1 / ((1 - smooth) / factor + smooth)
         divisors.append(1.0 if wavelength < 8192 / 4 else factor if wavelength > 8192 else blended)
     write_divisors(monkeypatch, divisors)
-    found = load(write_gguf(tmp_path / "model.gguf", model))
-    assert found.params.use_scaled_rope
-    assert found.params.rope_scaling_factor == factor
-    assert torch.allclose(found.freqs_cis, model.freqs_cis, atol=1e-6)
-    assert not torch.allclose(found.freqs_cis, tiny_model(rope_theta=500000.0).freqs_cis, atol=1e-3)
-    assert same_weights(found, model)
+    loaded = load(write_gguf(tmp_path / "model.gguf", model))
+    assert loaded.params.use_scaled_rope
+    assert loaded.params.rope_scaling_factor == factor
+    assert torch.allclose(loaded.freqs_cis, model.freqs_cis, atol=1e-6)
+    assert not torch.allclose(loaded.freqs_cis, tiny_model(rope_theta=500000.0).freqs_cis, atol=1e-3)
+    assert same_weights(loaded, model)
 
 
-def test_divisors_of_no_rule(tmp_path, monkeypatch):
+def test_other_rope_divisors(tmp_path, monkeypatch):
     model = tiny_model()
     divisors = [1.0 + 0.5 * j for j in range(16)]
     write_divisors(monkeypatch, divisors)
-    found = load(write_gguf(tmp_path / "model.gguf", model))
-    assert list(found.params.rope_divisors) == divisors
+    loaded = load(write_gguf(tmp_path / "model.gguf", model))
+    assert list(loaded.params.rope_divisors) == divisors
     angles = torch.arange(96)[:, None] * model.params.rope_theta ** (-torch.arange(16) / 16) / torch.tensor(divisors)
-    assert torch.allclose(found.freqs_cis, torch.polar(torch.ones_like(angles), angles), atol=1e-4)
+    assert torch.allclose(loaded.freqs_cis, torch.polar(torch.ones_like(angles), angles), atol=1e-4)
 
 
-def test_divisors_that_don_t_fit(tmp_path, monkeypatch):
+def test_rope_divisors_of_another_head_size(tmp_path, monkeypatch):
     write_divisors(monkeypatch, [1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="3 rope_divisors for 16 frequencies"):
         Llama.build(write_gguf(tmp_path / "model.gguf", tiny_model()), None, 32, 1)
@@ -149,10 +152,10 @@ def test_divisors_that_don_t_fit(tmp_path, monkeypatch):
         {"llama.rope.scaling.factor": 4.0},
     ],
 )
-def test_stretched_positions(tmp_path, metadata):
+def test_linear_rope_scaling(tmp_path, metadata):
     model = tiny_model()
-    found = load(write_gguf(tmp_path / "model.gguf", model, **metadata))
-    assert torch.allclose(found.freqs_cis[::4], model.freqs_cis[:24], atol=1e-5)
+    loaded = load(write_gguf(tmp_path / "model.gguf", model, **metadata))
+    assert torch.allclose(loaded.freqs_cis[::4], model.freqs_cis[:24], atol=1e-5)
     unscaled = load(write_gguf(tmp_path / "plain.gguf", model, **metadata | {"llama.rope.scaling.type": "none"}))
     assert torch.equal(unscaled.freqs_cis, model.freqs_cis)
 
@@ -162,32 +165,32 @@ KINDS = [kind for kind in gguf.GGMLQuantizationType if kind in gguf.quants._type
 
 @pytest.mark.parametrize("kind", KINDS, ids=[kind.name for kind in KINDS])
 def test_every_kind_of_quantization_and_any_slice(tmp_path, kind):
-    """Blocks of random bytes stand for numbers, too."""
+    """Blocks of random bytes, since any bytes are valid blocks."""
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     rows, columns = 12, 4 * block
     data = np.random.default_rng(0).integers(0, 256, (rows, columns // block * block_bytes), dtype=np.uint8)
-    writer = gguf.GGUFWriter(tmp_path / "one.gguf", "llama")
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     writer.add_tensor("blk.0.ffn_down.weight", data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     with np.errstate(all="ignore"):
-        want = gguf.dequantize(data, kind)
-        checkpoint = GGUFCheckpoint.__new__(GGUFCheckpoint)  # without the settings of a whole model
-        checkpoint.path = tmp_path / "one.gguf"
+        expected = gguf.dequantize(data, kind)
+        checkpoint = GGUFCheckpoint.__new__(GGUFCheckpoint)  # which doesn't read the settings: there are none
+        checkpoint.path = tmp_path / "model.gguf"
         checkpoint._tensors = GGUFFile(checkpoint.path).tensors
         name = "blk.0.ffn_down.weight"
         for axis, start, stop in [(None, 0, 0), (0, 3, 9), (1, 0, columns), (1, block, 3 * block), (1, 1, block + 1)]:
-            found = checkpoint.read(name, axis, start, stop).float().numpy()
-            part = want if axis is None else want[start:stop] if axis == 0 else want[:, start:stop]
-            assert np.array_equal(found, part, equal_nan=True), (axis, start, stop)
+            actual = checkpoint.read(name, axis, start, stop).float().numpy()
+            part = expected if axis is None else expected[start:stop] if axis == 0 else expected[:, start:stop]
+            assert np.array_equal(actual, part, equal_nan=True), (axis, start, stop)
         assert checkpoint.dtype() == {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind.name, torch.float32)
 
 
 @pytest.mark.parametrize("kind", [0, 4, 6, 8, 9, 10])
 def test_an_array_longer_than_the_file(tmp_path, kind):
-    """The package's own reader would run on past the end, for hours."""
+    """By itself, the gguf package's reader would loop beyond the end of the file for hours."""
     key = b"tokenizer.ggml.scores"
     array = struct.pack("<IIQ", 9, kind, 2**40)
     header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key + array
@@ -196,13 +199,12 @@ def test_an_array_longer_than_the_file(tmp_path, kind):
         Llama.build(tmp_path, None, 32, 1)
 
 
-def test_the_same_pieces_by_another_name(tmp_path):
+def test_every_name_of_llama3s_pre_tokenizer(tmp_path):
+    """With Llama 3's tokenizer, a text begins with BOS unless the file says otherwise."""
     for pre in ("llama-bpe", "llama3", "llama-v3"):
-        path = write_gguf(tmp_path / f"{pre}.gguf", tiny_model(), **{"tokenizer.ggml.pre": pre} | NO_BOS_SAID)
+        metadata = {"tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": ...}
+        path = write_gguf(tmp_path / f"{pre}.gguf", tiny_model(), **metadata)
         assert open_checkpoint(path).tokenizer().add_bos
-
-
-NO_BOS_SAID = {"tokenizer.ggml.add_bos_token": ...}
 
 
 def test_several_gguf_files(tmp_path):
@@ -213,7 +215,7 @@ def test_several_gguf_files(tmp_path):
 
 
 def test_llama2_tokenizer_given_for_a_gguf(tmp_path):
-    """A GGUF whose own tokenizer can't be read runs with the one it is given."""
+    """A GGUF file whose own tokenizer isn't supported works with another one."""
     path = write_gguf(tmp_path / "model.gguf", tiny_model(), **{"tokenizer.ggml.model": "llama"})
     llama = Llama.build(path, write_llama2_tokenizer(tmp_path / "tokenizer.model"), 32, 1, device="cpu")
     assert llama.tokenizer.bos_id == 1

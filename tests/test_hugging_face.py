@@ -1,11 +1,10 @@
-"""Hugging Face's layout: models that transformers wrote, and everything that can be wrong with a folder."""
+"""Hugging Face's layout: the logits of transformers, and refusing damaged and unsupported folders."""
 
 import json
 import shutil
 
 import pytest
 import torch
-import transformers
 from conftest import (
     cut,
     hugging_face_logits,
@@ -23,8 +22,8 @@ VOCAB = 524
 
 
 def llama3_rope(factor, **changes):
-    numbers = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": factor, "low_freq_factor": 1.0}
-    return numbers | {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192} | changes
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": factor, "low_freq_factor": 1.0}
+    return rope | {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192} | changes
 
 
 MODELS = {
@@ -32,17 +31,20 @@ MODELS = {
     "tied": dict(tie_word_embeddings=True),
     "rope factor 8": dict(rope_parameters=llama3_rope(8.0)),
     "rope factor 32, tied": dict(rope_parameters=llama3_rope(32.0), tie_word_embeddings=True, num_key_value_heads=2),
-    # bands that the 80 positions of the test reach
+    # so short that the 80 positions of the tests are affected
     "short original context": dict(rope_parameters=llama3_rope(8.0, original_max_position_embeddings=64)),
-    "stretched positions": dict(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
-    "odd widths": dict(
+    "linear rope scaling": dict(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
+    "odd sizes": dict(
         intermediate_size=151, hidden_size=120, head_dim=34, num_attention_heads=3, num_key_value_heads=1
     ),
-    "another base": dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6}, rms_norm_eps=1e-4),
+    "another rotary base": dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6}, rms_norm_eps=1e-4),
 }
 
 
-def random_hugging_face_model(seed=0, **changes) -> transformers.LlamaForCausalLM:
+def random_hugging_face_model(seed=0, **changes):
+    """transformers' LlamaForCausalLM with large random weights."""
+    import transformers
+
     sizes = dict(hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB)
     sizes |= dict(num_key_value_heads=4, max_position_embeddings=131072, attn_implementation="eager") | changes
     torch.manual_seed(seed)
@@ -56,6 +58,7 @@ def random_hugging_face_model(seed=0, **changes) -> transformers.LlamaForCausalL
 
 
 def write_hugging_face(folder, tokenizer=write_llama3_tokenizer, max_shard_size="5GB", **changes):
+    """Write a random model as transformers does, and a tokenizer.model beside it."""
     random_hugging_face_model(**changes).save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer(folder / "tokenizer.model")
@@ -70,45 +73,45 @@ def test_same_logits_as_transformers(tmp_path, changes):
     write_hugging_face(tmp_path, **changes)
     model = load(tmp_path)
     with torch.no_grad():
-        want = hugging_face_logits(tmp_path, TOKENS)
-        assert torch.allclose(model(TOKENS), want, atol=1e-4)
-        assert torch.allclose(model(TOKENS, 0), want, atol=1e-4)
-        assert want.std() > 0.5
+        expected = hugging_face_logits(tmp_path, TOKENS)
+        assert torch.allclose(model(TOKENS), expected, atol=1e-4)
+        assert torch.allclose(model(TOKENS, 0), expected, atol=1e-4)
+        assert expected.std() > 0.5
     assert (model.output.weight is model.tok_embeddings.weight) == changes.get("tie_word_embeddings", False)
 
 
-@pytest.mark.parametrize("name", ["rope factor 8", "stretched positions", "another base"])
-def test_what_config_json_says_of_positions_matters(tmp_path, name):
+@pytest.mark.parametrize("name", ["rope factor 8", "linear rope scaling", "another rotary base"])
+def test_rope_parameters_matter(tmp_path, name):
     write_hugging_face(tmp_path, **MODELS[name])
-    want = hugging_face_logits(tmp_path, TOKENS)
+    expected = hugging_face_logits(tmp_path, TOKENS)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["rope_parameters"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with torch.no_grad():
-        assert (load(tmp_path)(TOKENS) - want).abs().max() > 1e-2
+        assert (load(tmp_path)(TOKENS) - expected).abs().max() > 1e-2
 
 
-def test_the_old_fields_of_rope(tmp_path):
+def test_older_keys_of_rope_scaling(tmp_path):
     """As in the published folders of Llama 3.1 and 3.2."""
     write_hugging_face(tmp_path, **MODELS["short original context"])
-    want = load(tmp_path).freqs_cis
+    expected = load(tmp_path).freqs_cis
     config = json.loads((tmp_path / "config.json").read_text())
     rope = config.pop("rope_parameters")
     config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert torch.equal(load(tmp_path).freqs_cis, want)
+    assert torch.equal(load(tmp_path).freqs_cis, expected)
     rope["type"] = rope.pop("rope_type")  # older still
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert torch.equal(load(tmp_path).freqs_cis, want)
+    assert torch.equal(load(tmp_path).freqs_cis, expected)
     config |= {"rope_theta": None, "rope_scaling": None}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load(tmp_path).params.rope_theta == 10000.0
 
 
-def test_what_a_config_leaves_out_means_what_transformers_means(tmp_path):
+def test_defaults_of_config_json_are_those_of_transformers(tmp_path):
     write_hugging_face(tmp_path, rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
-    left_out = ("rms_norm_eps", "rope_parameters", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias")
-    change_config(tmp_path, **dict.fromkeys(left_out, ...))
+    removed = ("rms_norm_eps", "rope_parameters", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias")
+    change_config(tmp_path, **dict.fromkeys(removed, ...))
     params = load(tmp_path).params
     assert (params.norm_eps, params.rope_theta, params.kv_heads, params.head_size) == (1e-6, 10000.0, 4, 32)
     with torch.no_grad():
@@ -142,11 +145,11 @@ def test_any_slice(tmp_path):
         for axis in range(len(shape) if len(shape) == 2 else 0):
             whole = checkpoint.read(name, axis, 0, shape[axis])
             for start, stop in ((0, 10), (5, 70), (33, 35), (shape[axis] - 9, shape[axis])):
-                want = whole.narrow(axis, start, min(stop, shape[axis]) - start)
-                assert torch.equal(checkpoint.read(name, axis, start, min(stop, shape[axis])), want), (name, axis)
+                expected = whole.narrow(axis, start, min(stop, shape[axis]) - start)
+                assert torch.equal(checkpoint.read(name, axis, start, min(stop, shape[axis])), expected), (name, axis)
 
 
-def test_old_files_hold_a_rotary_table(tmp_path):
+def test_a_rotary_table_in_old_files_is_ignored(tmp_path):
     write_hugging_face(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
@@ -155,11 +158,12 @@ def test_old_files_hold_a_rotary_table(tmp_path):
 
 
 def change_config(folder, file="config.json", **changes):
+    """Change values of a JSON file; `...` removes a key."""
     config = json.loads((folder / file).read_text()) | changes
     (folder / file).write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
 
 
-def test_a_config_that_doesn_t_say_whether_it_is_tied(tmp_path):
+def test_a_config_without_tie_word_embeddings(tmp_path):
     write_hugging_face(tmp_path / "tied", tie_word_embeddings=True)
     write_hugging_face(tmp_path / "untied")
     for name in ("tied", "untied"):
@@ -171,18 +175,20 @@ def test_a_config_that_doesn_t_say_whether_it_is_tied(tmp_path):
 
 
 def test_padded_embedding(tmp_path):
-    """More rows than the tokenizer has words, which no text is made of."""
+    """The embedding has more rows than the tokenizer has tokens."""
     write_hugging_face(tmp_path, vocab_size=576)
     llama = Llama.build(tmp_path, None, 64, 2, device="cpu")
     assert llama.tokenizer.n_words == 576
     assert llama.tokenizer.decode([104, 575, 105]) == "hi"
     assert len(llama.generate([[5, 6]], 5)[0][0]) <= 5
-    with pytest.raises(ValueError, match="has vocab_size=576, but its tokenizer has 524 words"):
+    with pytest.raises(ValueError, match="has vocab_size=576, but its tokenizer has 524 tokens"):
         Llama.build(tmp_path, write_llama3_tokenizer(tmp_path / "other.model"), 64, 2)
 
 
 def test_a_folder_like_llama_3_2_1b_instruct(tmp_path):
-    """Tied, rope factor 32, tokenizer.json only, several end tokens: it answers a chat, the one transformers gives."""
+    """Tied, rope factor 32, only a tokenizer.json, several stop tokens: transformers gives the same answer."""
+    import transformers
+
     write_hugging_face(tmp_path, None, **MODELS["rope factor 32, tied"])
     write_tokenizer_json(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
@@ -204,22 +210,22 @@ def test_a_folder_like_llama_3_2_1b_instruct(tmp_path):
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     prompt = llama.formatter.encode_dialog_prompt(dialog)
-    theirs = [tokenizer.bos_token_id]
+    expected_prompt = [tokenizer.bos_token_id]
     for role, text in (("system", "the user"), ("user", "in there <|eot_id|>?"), ("assistant", None)):
-        theirs += [special["<|start_header_id|>"], *tokenizer.encode(role, add_special_tokens=False)]
-        theirs += [special["<|end_header_id|>"], *tokenizer.encode("\n\n", add_special_tokens=False)]
+        expected_prompt += [special["<|start_header_id|>"], *tokenizer.encode(role, add_special_tokens=False)]
+        expected_prompt += [special["<|end_header_id|>"], *tokenizer.encode("\n\n", add_special_tokens=False)]
         if text is not None:
             plain = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-            theirs += [*plain, special["<|eot_id|>"]]
-    assert prompt == theirs
+            expected_prompt += [*plain, special["<|eot_id|>"]]
+    assert prompt == expected_prompt
     network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     out = network.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)[0, len(prompt) :]
-    want = [token for token in out.tolist() if token not in llama.tokenizer.stop_tokens]
-    assert answer["content"] == llama.tokenizer.decode(want)
+    expected = [token for token in out.tolist() if token not in llama.tokenizer.stop_tokens]
+    assert answer["content"] == llama.tokenizer.decode(expected)
 
 
 def test_a_folder_like_llama_2_chat(tmp_path):
-    """A sentencepiece tokenizer.model, beside the same as JSON."""
+    """A sentencepiece tokenizer.model, with the same tokenizer as JSON beside it."""
     write_hugging_face(tmp_path, write_llama2_tokenizer, vocab_size=320, rope_parameters={"rope_theta": 10000.0})
     as_json = {"model": {"type": "BPE", "byte_fallback": True, "vocab": {"a": 0}, "merges": []}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(as_json))
@@ -233,6 +239,7 @@ def test_a_folder_like_llama_2_chat(tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """A folder with an index and eight files of weights. Tests must not change it."""
     return write_hugging_face(tmp_path_factory.mktemp("hf"), max_shard_size="200KB")
 
 
@@ -255,7 +262,7 @@ def to_int8(tensors):
     tensors[name] = tensors[name].to(torch.int8)
 
 
-SPOILED = {
+UNUSABLE = {
     "another model": (lambda f: change_config(f, model_type="mistral"), r"config\.json: model_type is 'mistral'; only"),
     "no model type": (lambda f: change_config(f, model_type=...), r"config\.json: model_type is None; only"),
     "attention biases": (lambda f: change_config(f, attention_bias=True), "attention_bias is True, and this network"),
@@ -263,56 +270,71 @@ SPOILED = {
     "a sliding window": (lambda f: change_config(f, sliding_window=4096), "sliding_window is 4096, and"),
     "another activation": (lambda f: change_config(f, hidden_act="gelu"), r"hidden_act is 'gelu', and .*'silu'"),
     "quantized": (lambda f: change_config(f, quantization_config={"bits": 4}), "quantization_config is "),
-    "a part of a head": (lambda f: change_config(f, partial_rotary_factor=0.5), r"partial_rotary_factor is 0\.5"),
-    "layers that slide": (lambda f: change_config(f, layer_types=["sliding_attention"]), "layer_types has"),
-    "another scaling": (
+    "partial rotary embedding": (
+        lambda f: change_config(f, partial_rotary_factor=0.5),
+        r"partial_rotary_factor is 0\.5",
+    ),
+    "sliding attention": (lambda f: change_config(f, layer_types=["sliding_attention"]), "layer_types has"),
+    "unknown rope scaling": (
         lambda f: change_config(f, rope_scaling={"rope_type": "yarn", "factor": 4.0}, rope_parameters=...),
-        "rope scaling of type 'yarn'; only 'default', 'linear' and 'llama3'",
+        "rope scaling of type 'yarn'; only 'default', 'linear' and 'llama3' are supported",
     ),
     "scaling without a factor": (lambda f: change_config(f, rope_parameters={"rope_type": "llama3"}), "lacks 'factor'"),
-    "a negative base": (lambda f: change_config(f, rope_parameters={"rope_theta": -1.0}), r"rope_theta=-1\.0 must be"),
-    "a factor of nothing": (
+    "a negative rotary base": (
+        lambda f: change_config(f, rope_parameters={"rope_theta": -1.0}),
+        r"rope_theta=-1\.0 must be",
+    ),
+    "a rope factor of zero": (
         lambda f: change_config(f, rope_parameters={"rope_type": "linear", "factor": 0.0}),
         r"rope_divisors=\(0\.0,\) must be numbers above 0",
     ),
-    "no width": (lambda f: change_config(f, hidden_size=...), r"config\.json lacks 'hidden_size'"),
-    "a word for a number": (lambda f: change_config(f, hidden_size="128"), "hidden_size is '128', which is no int"),
-    "a flag for a number": (lambda f: change_config(f, num_attention_heads=True), "num_attention_heads is True"),
-    "a huge number": (lambda f: change_config(f, rope_parameters={"rope_theta": 10**400}), "rope_theta is 1000"),
-    "a million layers": (lambda f: change_config(f, num_hidden_layers=10**12), "layers can't lie in"),
+    "no hidden size": (lambda f: change_config(f, hidden_size=...), r"config\.json lacks 'hidden_size'"),
+    "a string for a number": (lambda f: change_config(f, hidden_size="128"), "hidden_size is '128', not of type int"),
+    "a boolean for a number": (
+        lambda f: change_config(f, num_attention_heads=True),
+        "num_attention_heads is True, not of type int",
+    ),
+    "a huge number": (
+        lambda f: change_config(f, rope_parameters={"rope_theta": 10**400}),
+        "rope_theta is 1000.*, outside the range of 64-bit integers",
+    ),
+    "absurdly many layers": (
+        lambda f: change_config(f, num_hidden_layers=10**12),
+        "tensors can't hold 1000000000000 layers",
+    ),
     "no heads": (lambda f: change_config(f, num_attention_heads=0), "n_heads=0 must be at least 1"),
-    "another width": (lambda f: change_config(f, hidden_size=256), r"wrong shape: norm\.weight is \(128,\)"),
-    "a cut config": (lambda f: cut(f / "config.json"), r"config\.json is not JSON"),
+    "another hidden size": (lambda f: change_config(f, hidden_size=256), r"wrong shape: norm\.weight is \(128,\)"),
+    "a truncated config": (lambda f: cut(f / "config.json"), r"config\.json is not JSON"),
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json.* does not exist"),
-    "a cut index": (lambda f: cut(f / "model.safetensors.index.json"), r"index\.json is not JSON"),
-    "an index of nothing": (
+    "a truncated index": (lambda f: cut(f / "model.safetensors.index.json"), r"index\.json is not JSON"),
+    "an empty index": (
         lambda f: (f / "model.safetensors.index.json").write_text("{}"),
         r"index\.json lacks 'weight_map'",
     ),
-    "a file elsewhere": (
+    "a file in another folder": (
         lambda f: edit_index(f, lambda m: m.update({"model.norm.weight": "../x.safetensors"})),
-        r"model\.norm\.weight lies in '\.\./x\.safetensors', which is no file of this folder",
+        r"model\.norm\.weight is in '\.\./x\.safetensors', which can't be a file of this folder",
     ),
-    "our own names": (
+    "a tensor under our own name": (
         lambda f: (
             edit_shard(f, lambda t: t.update({"norm.weight": torch.ones(128)}))
             or edit_index(f, lambda m: m.update({"norm.weight": "model-00001-of-00008.safetensors"}))
         ),
         r"unexpected: \[norm\.weight\] \(128,\)",
     ),
-    "a file that is none": (
+    "a parent folder for a file": (
         lambda f: edit_index(f, lambda m: m.update({"model.norm.weight": ".."})),
-        r"model\.norm\.weight lies in '\.\.', which is no file of this folder",
+        r"model\.norm\.weight is in '\.\.', which can't be a file of this folder",
     ),
     "a number for a file": (
         lambda f: edit_index(f, lambda m: m.update({"model.norm.weight": 3})),
-        r"model\.norm\.weight lies in 3, which is no file of this folder",
+        r"model\.norm\.weight is in 3, which can't be a file of this folder",
     ),
-    "a tensor that isn't there": (
+    "a tensor that isn't in its file": (
         lambda f: edit_index(f, lambda m: m.update({"x.weight": next(iter(m.values()))})),
         r"index\.json: x\.weight should be in .*model-00007",
     ),
-    "a tensor too few": (
+    "a missing tensor": (
         lambda f: edit_index(f, lambda m: m.pop("model.norm.weight")),
         r"missing: norm\.weight \(128,\)",
     ),
@@ -320,7 +342,7 @@ SPOILED = {
         lambda f: (f / "model-00002-of-00008.safetensors").unlink(),
         r"model-00002-of-00008\.safetensors' does not exist",
     ),
-    "a cut file": (
+    "a truncated file": (
         lambda f: cut(f / "model-00002-of-00008.safetensors"),
         r"model-00002-of-00008\.safetensors \(\d+ bytes\) is damaged or cut short",
     ),
@@ -332,37 +354,37 @@ SPOILED = {
         lambda f: (f / "model-00002-of-00008.safetensors").write_text("<!doctype html>"),
         r"model-00002-of-00008\.safetensors is a web page",
     ),
-    "a pointer": (
+    "a Git LFS pointer": (
         lambda f: (f / "model-00002-of-00008.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
         r"model-00002-of-00008\.safetensors is a Git LFS pointer",
     ),
-    "whole numbers": (lambda f: edit_shard(f, to_int8), r"model-00001.* is stored as I8, not as one of \['F64'"),
-    "ends that are no ids": (
+    "integer weights": (lambda f: edit_shard(f, to_int8), r"model-00001.* is stored as I8, not as one of \['F64'"),
+    "an eos_token_id that is a string": (
         lambda f: change_config(f, "generation_config.json", eos_token_id="</s>"),
-        r"generation_config\.json: eos_token_id is '</s>', which is no id",
+        r"generation_config\.json: eos_token_id is '</s>'; it must be a token id or a list",
     ),
 }
 
 
-@pytest.mark.parametrize(("spoil", "message"), SPOILED.values(), ids=SPOILED)
-def test_folders_that_can_t_be_run(folder, tmp_path, spoil, message):
+@pytest.mark.parametrize(("damage", "message"), UNUSABLE.values(), ids=UNUSABLE)
+def test_unusable_folders_are_refused(folder, tmp_path, damage, message):
     assert len(list(folder.glob("model-*-of-00008.safetensors"))) == 8
     copy = shutil.copytree(folder, tmp_path / "copy")
-    spoil(copy)
+    damage(copy)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         Llama.build(copy, None, 32, 1)
     assert isinstance(error.value, AssertionError)
     assert str(copy) in str(error.value)
 
 
-def test_the_longest_context(folder):
+def test_the_limit_of_max_seq_len(folder):
     assert read_settings(folder / "config.json").params["max_position_embeddings"] == 131072
     with pytest.raises(ValueError, match="max_seq_len=131073 is over this model's limit of 131072"):
         Llama.build(folder, None, 131073, 1)
 
 
-def test_metas_files_beside(folder, tmp_path, tiny_checkpoint):
-    """As Meta publishes them; and a checkpoint of a training, with a random state."""
+def test_metas_files_in_the_folder(folder, tmp_path, tiny_checkpoint):
+    """In `original`, as Meta publishes them; and a `.pth` file of other content, as from a training run."""
     copy = shutil.copytree(folder, tmp_path / "copy")
     shutil.copytree(tiny_checkpoint, copy / "original")
     torch.save({"rng": torch.zeros(3)}, copy / "rng_state.pth")
@@ -374,7 +396,7 @@ def test_metas_files_beside(folder, tmp_path, tiny_checkpoint):
     assert load(copy / "original")
 
 
-def test_a_file_of_the_folder(folder):
+def test_a_file_instead_of_the_folder(folder):
     for path in (folder / "config.json", next(folder.glob("model-*"))):
         with pytest.raises(ValueError, match="is one of a checkpoint's files: pass its folder"):
             Llama.build(path, None, 32, 1)

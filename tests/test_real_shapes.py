@@ -1,4 +1,4 @@
-"""The published models, on the meta device: every name, every shape, every process's share, and what they take."""
+"""The published models, on the meta device: parameters' names, shapes and slices, and the memory they take."""
 
 import json
 import math
@@ -7,20 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 
 import llama.distributed
 from llama import Transformer
 from llama.checkpoint import parameter_count, parameter_shapes, read_settings, share
-from llama.checkpoint.hugging_face import LAYER, NAMES
-from llama.checkpoint.parameters import our_name
+from llama.checkpoint.hugging_face import LAYER_PREFIX, NAMES
+from llama.checkpoint.parameters import network_name
 from llama.memory import Footprint, footprint
 
 LLAMA2 = {"multiple_of": 256, "norm_eps": 1e-5, "vocab_size": -1}
 LLAMA3 = {"n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-5, "rope_theta": 500000.0}
 SCALED = LLAMA3 | {"use_scaled_rope": True}
 
-# params.json as published; then the feed-forward width, and the number of parameters that its makers and users name.
+# The published params.json, the feed-forward width, and the number of parameters.
 MODELS = {
     "Llama 2 7B": (LLAMA2 | {"dim": 4096, "n_heads": 32, "n_layers": 32}, 11008, 6_738_415_616),
     "Llama 2 13B": (LLAMA2 | {"dim": 5120, "n_heads": 40, "n_layers": 40}, 13824, 13_015_864_320),
@@ -63,9 +62,9 @@ def sizes_for(name: str) -> list[int]:
     return [1, 2, 4, 8, 16] if "405B" in name else [1, 2, 4, 8]
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * ("405B" in name)) for name in MODELS])
 def model(request, tmp_path):
-    """A published model's name, and its params.json and config.json, each in a folder of its own without weights."""
+    """A published model's name, and a folder with its params.json in `meta` and its config.json in `hf`."""
     params, width, _ = MODELS[request.param]
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta" / "params.json").write_text(json.dumps(params))
@@ -93,11 +92,11 @@ def model(request, tmp_path):
 
 def args_of(folder, layout, max_seq_len=16):
     settings = read_settings(folder / layout)
-    words = settings.params["vocab_size"]
-    return settings.model_args(32000 if words == -1 else words, max_seq_len, 1)
+    vocab_size = settings.params["vocab_size"]
+    return settings.model_args(32000 if vocab_size == -1 else vocab_size, max_seq_len, 1)
 
 
-def test_both_layouts_name_the_same_model(model):
+def test_both_layouts_describe_the_same_model(model):
     name, folder = model
     meta, hugging_face = args_of(folder, "meta"), args_of(folder, "hf")
     for attribute in ("dim", "n_layers", "n_heads", "kv_heads", "head_size", "ffn_size", "vocab_size", "norm_eps"):
@@ -109,15 +108,19 @@ def test_both_layouts_name_the_same_model(model):
 
 
 def test_names_and_shapes_are_those_of_transformers(model):
+    import transformers
+
     _, folder = model
     with torch.device("meta"):
         theirs = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(folder / "hf"))
-    want = {our_name(name, LAYER, NAMES): tuple(weight.shape) for name, weight in theirs.named_parameters()}
-    assert parameter_shapes(args_of(folder, "hf")) == want
+    expected = {
+        network_name(name, LAYER_PREFIX, NAMES): tuple(weight.shape) for name, weight in theirs.named_parameters()
+    }
+    assert parameter_shapes(args_of(folder, "hf")) == expected
 
 
-def held_by(monkeypatch, args, rank, size) -> Transformer:
-    """What one of `size` processes makes of a model."""
+def network_of_rank(monkeypatch, args, rank, size) -> Transformer:
+    """The network, on the meta device, that one of `size` model-parallel processes would make."""
     group = SimpleNamespace(
         model_parallel_is_initialized=lambda: True,
         get_model_parallel_world_size=lambda: size,
@@ -128,36 +131,35 @@ def held_by(monkeypatch, args, rank, size) -> Transformer:
         return Transformer(args)
 
 
-def test_each_process_makes_its_share(model, monkeypatch):
+def test_parameters_of_each_rank_are_its_share(model, monkeypatch):
     name, folder = model
     args = args_of(folder, "hf")
     shapes = parameter_shapes(args)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for size in sizes_for(name):
         for rank in {0, size - 1}:
-            held = dict(held_by(monkeypatch, args, rank, size).named_parameters())
-            assert held.keys() == shapes.keys()
-            for parameter, weight in held.items():
+            parameters = dict(network_of_rank(monkeypatch, args, rank, size).named_parameters())
+            assert parameters.keys() == shapes.keys()
+            for parameter, weight in parameters.items():
                 assert weight.is_meta
                 axis, start, stop = share(parameter, shapes[parameter], args, rank, size)
-                want = list(shapes[parameter])
+                expected = list(shapes[parameter])
                 if axis is not None:
-                    want[axis] = stop - start
-                assert list(weight.shape) == want, (parameter, size)
-            assert sum(weight.numel() for weight in held.values()) == parameter_count(args, size)
-    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before > 200_000:  # kB
-        raise AssertionError("memory was used")
+                    expected[axis] = stop - start
+                assert list(weight.shape) == expected, (parameter, size)
+            assert sum(weight.numel() for weight in parameters.values()) == parameter_count(args, size)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
-# Worked out by hand: (parameter, processes) -> what each holds.
-BY_HAND = {
+# (model, parameter, processes) -> the shape on the last of them, computed by hand.
+SHAPES_BY_HAND = {
     ("Llama 2 70B", "layers.79.attention.wk.weight", 8): (128, 8192),
     ("Llama 2 70B", "layers.79.feed_forward.w2.weight", 8): (8192, 3584),
     ("Llama 2 13B", "tok_embeddings.weight", 2): (16000, 5120),
     ("Llama 3 8B", "layers.0.attention.wv.weight", 4): (256, 4096),
     ("Llama 3 70B", "output.weight", 8): (16032, 8192),
     ("Llama 3.1 405B", "layers.125.attention.wq.weight", 16): (1024, 16384),
-    ("Llama 3.1 405B", "layers.125.attention.wk.weight", 16): (128, 16384),  # each of 8 kv heads by two processes
+    ("Llama 3.1 405B", "layers.125.attention.wk.weight", 16): (128, 16384),  # each of the 8 kv heads on two processes
     ("Llama 3.1 405B", "layers.0.feed_forward.w1.weight", 16): (3328, 16384),
     ("Llama 3.2 1B", "layers.15.attention.wo.weight", 4): (2048, 512),
     ("Llama 3.2 3B", "layers.27.attention.wk.weight", 8): (128, 3072),
@@ -165,16 +167,18 @@ BY_HAND = {
 }
 
 
-@pytest.mark.parametrize(("key", "shape"), BY_HAND.items(), ids=[" ".join(map(str, key)) for key in BY_HAND])
-def test_shares_worked_out_by_hand(monkeypatch, tmp_path, key, shape):
+@pytest.mark.parametrize(
+    ("key", "shape"), SHAPES_BY_HAND.items(), ids=[" ".join(map(str, key)) for key in SHAPES_BY_HAND]
+)
+def test_shapes_computed_by_hand(monkeypatch, tmp_path, key, shape):
     name, parameter, size = key
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta" / "params.json").write_text(json.dumps(MODELS[name][0]))
-    model = held_by(monkeypatch, args_of(tmp_path, "meta"), size - 1, size)
+    model = network_of_rank(monkeypatch, args_of(tmp_path, "meta"), size - 1, size)
     assert tuple(model.get_parameter(parameter).shape) == shape
 
 
-def test_parameters_and_bytes_from_the_settings_alone(model):
+def test_footprint_without_weights(model):
     name, folder = model
     parameters = MODELS[name][2]
     for layout in ("meta", "hf"):
@@ -182,22 +186,22 @@ def test_parameters_and_bytes_from_the_settings_alone(model):
         assert whole.parameters == parameters
         assert whole.weight_bytes == 2 * whole.parameters
         for size in sizes_for(name):
-            each = footprint(
+            share_of_one = footprint(
                 folder / layout, max_seq_len=2048, max_batch_size=4, dtype=torch.bfloat16, model_parallel_size=size
             )
-            assert each.parameters == whole.parameters
+            assert share_of_one.parameters == whole.parameters
             args = args_of(folder, layout, 2048)
             norms = (2 * args.n_layers + 1) * args.dim
             repeated = max(size // args.kv_heads, 1)  # processes that hold the same kv head
             kv = 2 * args.n_layers * args.kv_heads * args.head_size * args.dim
-            assert each.weight_bytes * size == 2 * (whole.parameters + norms * (size - 1) + kv * (repeated - 1))
-            assert each.cache_bytes * size == whole.cache_bytes * repeated
+            assert share_of_one.weight_bytes * size == 2 * (whole.parameters + norms * (size - 1) + kv * (repeated - 1))
+            assert share_of_one.cache_bytes * size == whole.cache_bytes * repeated
 
 
-def test_cache_bytes_worked_out_by_hand(tmp_path):
+def test_footprint_computed_by_hand(tmp_path):
     (tmp_path / "params.json").write_text(json.dumps(MODELS["Llama 3 8B"][0]))
-    found = footprint(tmp_path / "params.json", max_seq_len=8192, max_batch_size=1, dtype=torch.bfloat16)
-    assert found == Footprint(8_030_261_248, 16_060_522_496, 2**30)
+    whole = footprint(tmp_path / "params.json", max_seq_len=8192, max_batch_size=1, dtype=torch.bfloat16)
+    assert whole == Footprint(8_030_261_248, 16_060_522_496, 2**30)
     half = footprint(tmp_path, max_seq_len=8192, max_batch_size=6, dtype=torch.float32, model_parallel_size=2)
     assert half.cache_bytes == 6 * 2**30
     assert math.isclose(half.weight_bytes, 2 * 8_030_261_248, rel_tol=1e-3)
@@ -211,7 +215,7 @@ def test_cache_bytes_worked_out_by_hand(tmp_path):
         ({"max_batch_size": 0}, "max_batch_size=0 must be at least 1"),
     ],
 )
-def test_what_can_t_be_asked(tmp_path, options, message):
+def test_invalid_arguments_of_footprint(tmp_path, options, message):
     (tmp_path / "params.json").write_text(json.dumps(MODELS["Llama 3 8B"][0]))
     with pytest.raises(ValueError, match=message):
         footprint(tmp_path, **{"max_seq_len": 16, "max_batch_size": 1, "dtype": torch.float16} | options)

@@ -1,4 +1,4 @@
-"""Writing models, and converting between layouts: what was written loads, here and in transformers."""
+"""Saving models, and converting between layouts: the result loads, here and in transformers."""
 
 import json
 import shutil
@@ -7,10 +7,10 @@ from dataclasses import asdict
 
 import pytest
 import torch
-import transformers
 from conftest import (
     ROOT,
     Ranks,
+    examples,
     hugging_face_logits,
     load,
     run_python,
@@ -23,14 +23,14 @@ from conftest import (
     write_meta_checkpoint,
     write_tokenizer_json,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_hugging_face import MODELS, random_hugging_face_model
 
 from llama import Llama, ModelArgs, Tokenizer
 from llama.checkpoint import open_checkpoint, save_checkpoint
-from llama.checkpoint.hugging_face import even_parts
-from llama.checkpoint.meta import params_of
+from llama.checkpoint.hugging_face import split_evenly
+from llama.checkpoint.meta import to_params_json
 from llama.convert import convert
 from llama.default_model import default_checkpoint
 from llama.model_args import feed_forward_size
@@ -42,16 +42,16 @@ SIZES = {
     "plain": {},
     "tied": {"tie_embeddings": True},
     "scaled rope": {"use_scaled_rope": True},
-    "scaled rope, all its numbers": {
+    "scaled rope, every parameter": {
         "use_scaled_rope": True,
         "rope_scaling_factor": 32.0,
         "rope_low_freq_factor": 2.0,
         "rope_high_freq_factor": 3.0,
         "rope_original_max_seq_len": 64,
     },
-    "Llama 2's base": {"rope_theta": 10000.0, "n_kv_heads": None},
-    "stretched positions": {"rope_divisors": (4.0,)},
-    "odd widths": {"ffn_dim": 151, "head_dim": 34, "n_kv_heads": 1, "n_heads": 3, "dim": 120},
+    "Llama 2's rotary base": {"rope_theta": 10000.0, "n_kv_heads": None},
+    "linear rope scaling": {"rope_divisors": (4.0,)},
+    "odd sizes": {"ffn_dim": 151, "head_dim": 34, "n_kv_heads": 1, "n_heads": 3, "dim": 120},
     "a narrow feed-forward": {"ffn_dim": 64},
     "a wide feed-forward": {"ffn_dim": 1000},
 }
@@ -62,13 +62,13 @@ SIZES = {
 def test_written_and_read_again(tmp_path, llama3, layout, sizes):
     model = tiny_model(vocab_size=VOCAB, **sizes)
     save_checkpoint(tmp_path / "saved", model, llama3, layout=layout)
-    found = load(tmp_path / "saved")
-    assert same_weights(found, model)
-    assert torch.equal(found.freqs_cis, model.freqs_cis)
+    loaded = load(tmp_path / "saved")
+    assert same_weights(loaded, model)
+    assert torch.equal(loaded.freqs_cis, model.freqs_cis)
     for name in ("kv_heads", "head_size", "ffn_size", "norm_eps", "rope_theta", "tie_embeddings"):
-        assert getattr(found.params, name) == getattr(model.params, name), name
+        assert getattr(loaded.params, name) == getattr(model.params, name), name
     with torch.no_grad():
-        assert torch.equal(found(TOKENS), model(TOKENS))
+        assert torch.equal(loaded(TOKENS), model(TOKENS))
     if layout == "hf":
         with torch.no_grad():
             assert torch.allclose(hugging_face_logits(tmp_path / "saved", TOKENS), model(TOKENS), atol=1e-4)
@@ -78,47 +78,49 @@ REFERENCE_KEYS = set(list(asdict(ModelArgs()))[:9])
 
 
 def test_params_json_has_the_references_keys_where_they_suffice():
-    """So that the original packages load it: Llama 2's know neither rope_theta nor use_scaled_rope."""
-    assert set(params_of(ModelArgs(vocab_size=32000, rope_theta=10000.0))) <= REFERENCE_KEYS - {"rope_theta"}
-    assert set(params_of(ModelArgs(vocab_size=128256, n_kv_heads=8, ffn_dim=14336, head_dim=128))) <= REFERENCE_KEYS
+    """So that the reference loads it; Llama 2's has neither rope_theta nor use_scaled_rope."""
+    assert set(to_params_json(ModelArgs(vocab_size=32000, rope_theta=10000.0))) <= REFERENCE_KEYS - {"rope_theta"}
+    assert (
+        set(to_params_json(ModelArgs(vocab_size=128256, n_kv_heads=8, ffn_dim=14336, head_dim=128))) <= REFERENCE_KEYS
+    )
     scaled = ModelArgs(vocab_size=128256, use_scaled_rope=True, rope_scaling_factor=8.0)
-    assert set(params_of(scaled)) <= REFERENCE_KEYS | {"use_scaled_rope"}
+    assert set(to_params_json(scaled)) <= REFERENCE_KEYS | {"use_scaled_rope"}
     small = ModelArgs(vocab_size=128256, use_scaled_rope=True, rope_scaling_factor=32.0, dim=2048, n_layers=16)
-    assert set(params_of(small)) <= REFERENCE_KEYS | {"use_scaled_rope"}
-    assert params_of(ModelArgs(**asdict(small) | {"rope_scaling_factor": 8.0}))["rope_scaling_factor"] == 8.0
+    assert set(to_params_json(small)) <= REFERENCE_KEYS | {"use_scaled_rope"}
+    assert to_params_json(ModelArgs(**asdict(small) | {"rope_scaling_factor": 8.0}))["rope_scaling_factor"] == 8.0
 
 
 @given(st.integers(1, 20000), st.integers(2, 100000))
-@settings(max_examples=500, deadline=None)
-def test_any_feed_forward_width_can_be_said_in_the_references_keys(dim, width):
-    params = params_of(ModelArgs(dim=dim, n_heads=1, ffn_dim=width, vocab_size=10))
+@examples(500)
+def test_any_feed_forward_width_is_expressed_in_the_references_keys(dim, width):
+    params = to_params_json(ModelArgs(dim=dim, n_heads=1, ffn_dim=width, vocab_size=10))
     assert "ffn_dim" not in params
     assert feed_forward_size(4 * dim, params["multiple_of"], params["ffn_dim_multiplier"]) == width
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
 def test_files_of_metas_layout_are_those_of_as_many_processes(tmp_path, llama3, shards):
-    """With 4, more than there are kv heads."""
+    """With 4 there are more files than kv heads."""
     model = tiny_model(vocab_size=VOCAB)
     save_checkpoint(tmp_path / "saved", model, llama3, shards=shards)
-    other = write_meta_checkpoint(tmp_path / "other", model, write_llama3_tokenizer(tmp_path / "ranks"), shards)
+    expected = write_meta_checkpoint(tmp_path / "expected", model, write_llama3_tokenizer(tmp_path / "ranks"), shards)
     files = sorted(path.name for path in (tmp_path / "saved").iterdir())
-    assert files == sorted(path.name for path in other.iterdir())
-    for path in other.glob("*.pth"):
+    assert files == sorted(path.name for path in expected.iterdir())
+    for path in expected.glob("*.pth"):
         ours, theirs = torch.load(tmp_path / "saved" / path.name), torch.load(path)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert (tmp_path / "saved" / "tokenizer.model").read_bytes() == (other / "tokenizer.model").read_bytes()
+    assert (tmp_path / "saved" / "tokenizer.model").read_bytes() == (expected / "tokenizer.model").read_bytes()
 
 
 def test_metas_layout_holds_a_tied_embedding_twice(tmp_path, llama3):
     model = tiny_model(vocab_size=VOCAB, tie_embeddings=True)
     save_checkpoint(tmp_path / "saved", model, llama3, shards=2)
-    part = torch.load(tmp_path / "saved" / "consolidated.01.pth")
-    assert torch.equal(part["output.weight"], part["tok_embeddings.weight"])
+    tensors = torch.load(tmp_path / "saved" / "consolidated.01.pth")
+    assert torch.equal(tensors["output.weight"], tensors["tok_embeddings.weight"])
     assert "tie_embeddings" not in json.loads((tmp_path / "saved" / "params.json").read_text())
-    found = load(tmp_path / "saved")
-    assert found.output.weight is found.tok_embeddings.weight
+    loaded = load(tmp_path / "saved")
+    assert loaded.output.weight is loaded.tok_embeddings.weight
 
 
 @pytest.mark.parametrize("shards", [1, 2, 5, 20])
@@ -132,22 +134,22 @@ def test_files_of_hugging_faces_layout(tmp_path, llama3, shards):
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=40), st.integers(1, 40))
-@settings(max_examples=300, deadline=None)
-def test_even_parts(sizes, count):
-    named = {str(i): size for i, size in enumerate(sizes)}
+@examples(300)
+def test_tensors_are_split_evenly_over_files(sizes, count):
+    size_of = {str(i): size for i, size in enumerate(sizes)}
     if count > len(sizes):
         with pytest.raises(ValueError, match=f"shards={count}: this model has only {len(sizes)} tensors"):
-            even_parts(named, count)
+            split_evenly(size_of, count)
         return
-    parts = even_parts(named, count)
-    assert len(parts) == count
-    assert all(parts)
-    assert [name for part in parts for name in part] == list(named)
-    assert max(sum(named[name] for name in part) for part in parts) <= sum(sizes) / count + 2 * max(sizes)
+    shards = split_evenly(size_of, count)
+    assert len(shards) == count
+    assert all(shards)
+    assert [name for shard in shards for name in shard] == list(size_of)
+    assert max(sum(size_of[name] for name in shard) for shard in shards) <= sum(sizes) / count + 2 * max(sizes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_number_format_stays(tmp_path, llama3, dtype):
+def test_the_dtype_is_kept(tmp_path, llama3, dtype):
     model = tiny_model(vocab_size=VOCAB).to(dtype)
     for layout in ("meta", "hf"):
         save_checkpoint(tmp_path / layout, model, llama3, layout=layout)
@@ -162,10 +164,10 @@ def test_transformers_models_through_metas_layout_and_back(tmp_path, changes):
     write_tokenizer_json(tmp_path / "theirs")
     convert(tmp_path / "theirs", tmp_path / "meta")
     convert(tmp_path / "meta", tmp_path / "back", "hf", shards=2)
-    want = hugging_face_logits(tmp_path / "theirs", TOKENS)
-    assert torch.equal(hugging_face_logits(tmp_path / "back", TOKENS), want)
+    expected = hugging_face_logits(tmp_path / "theirs", TOKENS)
+    assert torch.equal(hugging_face_logits(tmp_path / "back", TOKENS), expected)
     with torch.no_grad():
-        assert torch.allclose(load(tmp_path / "meta")(TOKENS), want, atol=1e-4)
+        assert torch.allclose(load(tmp_path / "meta")(TOKENS), expected, atol=1e-4)
     assert Tokenizer(tmp_path / "back" / "tokenizer.json").add_bos
 
 
@@ -192,10 +194,11 @@ from llama.checkpoint import save_checkpoint
 llama = Llama.build(sys.argv[1], None, 64, 2, device="cpu", dtype=torch.float32)
 for layout in ("meta", "hf"):
     save_checkpoint(f"{sys.argv[2]}-{layout}", llama.model, llama.tokenizer, layout=layout, shards=2)
-    Llama.build(f"{sys.argv[2]}-{layout}", None, 64, 2, device="cpu", dtype=torch.float32)  # there, for all
+    Llama.build(f"{sys.argv[2]}-{layout}", None, 64, 2, device="cpu", dtype=torch.float32)  # complete, for every rank
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 4])
 def test_saved_by_real_processes(tmp_path, tiny_checkpoint, n):
     (tmp_path / "save.py").write_text(SAVE)
@@ -211,20 +214,21 @@ from llama import Llama
 from llama.checkpoint import save_checkpoint
 from llama.errors import InputError
 llama = Llama.build(sys.argv[1], None, 64, 2, device="cpu", dtype=torch.float32)
-for name, wanted in ((sys.argv[1], InputError), (sys.argv[2], ZeroDivisionError)):
-    if wanted is ZeroDivisionError:
-        torch.save = lambda *arguments: 1 / 0  # as the disk would, in the middle
+for folder, expected in ((sys.argv[1], InputError), (sys.argv[2], ZeroDivisionError)):
+    if expected is ZeroDivisionError:
+        torch.save = lambda *arguments: 1 / 0  # in the middle of writing, as if the disk failed
     try:
-        save_checkpoint(name, llama.model, llama.tokenizer)
-    except wanted as error:
+        save_checkpoint(folder, llama.model, llama.tokenizer)
+    except expected as error:
         sys.stderr.write(f"rank {os.environ['RANK']}: {type(error).__name__}\\n")
-together = torch.ones(1)
-torch.distributed.all_reduce(together)  # the processes are still in step
-assert together == 2
+ranks = torch.ones(1)
+torch.distributed.all_reduce(ranks)  # the ranks are still at the same point
+assert ranks == 2
 """
 
 
-def test_what_fails_on_one_process_fails_on_all(tmp_path, tiny_checkpoint):
+@pytest.mark.slow
+def test_an_error_on_the_first_rank_is_raised_on_all(tmp_path, tiny_checkpoint):
     (tmp_path / "failed.py").write_text(FAILED)
     run = torchrun(2, tmp_path / "failed.py", tiny_checkpoint, tmp_path / "saved", timeout=120)
     assert run.returncode == 0, run.stderr
@@ -235,15 +239,15 @@ def test_what_fails_on_one_process_fails_on_all(tmp_path, tiny_checkpoint):
 
 
 def test_a_model_with_gradients(tmp_path, llama3):
-    """As it is in the middle of a training."""
+    """As in the middle of training."""
     model = tiny_model(vocab_size=VOCAB)
     model(TOKENS).sum().backward()
     save_checkpoint(tmp_path / "saved", model, llama3)
-    part = torch.load(tmp_path / "saved" / "consolidated.00.pth")
-    assert not any(weight.requires_grad for weight in part.values())
+    tensors = torch.load(tmp_path / "saved" / "consolidated.00.pth")
+    assert not any(weight.requires_grad for weight in tensors.values())
 
 
-def test_what_can_t_be_saved(tmp_path, llama3):
+def test_what_can_not_be_saved(tmp_path, llama3):
     model = tiny_model(vocab_size=VOCAB)
     for options, message in (
         ({"layout": "gguf"}, r"layout='gguf' must be one of \['meta', 'hf'\]"),
@@ -264,14 +268,14 @@ def test_what_can_t_be_saved(tmp_path, llama3):
         save_checkpoint(tmp_path / "saved", model, llama3)
 
 
-def test_nothing_is_left_where_writing_fails(tmp_path, llama3, monkeypatch):
+def test_nothing_is_left_when_writing_fails(tmp_path, llama3, monkeypatch):
     monkeypatch.setattr("torch.save", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_checkpoint(tmp_path / "saved", tiny_model(vocab_size=VOCAB), llama3)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_room(tmp_path, llama3, monkeypatch):
+def test_not_enough_disk_space(tmp_path, llama3, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1000))
     with pytest.raises(OSError, match=r"writing takes 0\.0 GB, and only 0\.0 GB are free"):
         save_checkpoint(tmp_path / "saved", tiny_model(vocab_size=VOCAB), llama3)
@@ -288,22 +292,24 @@ save_checkpoint(sys.argv[2], llama.model, llama.tokenizer)
 """
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle(tmp_path, tiny_checkpoint):
     (tmp_path / "killed.py").write_text(KILLED)
     assert run_python(tmp_path / "killed.py", tiny_checkpoint, tmp_path / "saved").returncode == -9
     assert not (tmp_path / "saved").exists()
-    (left,) = tmp_path.glob(".saved.unfinished-*")
+    (leftover,) = tmp_path.glob(".saved.unfinished-*")
     with pytest.raises(FileNotFoundError):
-        load(left)
+        load(leftover)
 
 
 # The command line
 
 
-def command(*words, **options):
-    return run_python("-m", "llama.convert", *words, PYTHONPATH=str(ROOT), **options)
+def command(*arguments):
+    return run_python("-m", "llama.convert", *arguments, PYTHONPATH=str(ROOT))
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, tiny_checkpoint):
     first, second = tmp_path / "hf", tmp_path / "meta"
     run = command("--from", tiny_checkpoint, "--to", first, "--layout", "hf", "--shards", "3")
@@ -323,8 +329,9 @@ def test_the_command(tmp_path, tiny_checkpoint):
     assert (second / "tokenizer.model").read_bytes() == (tiny_checkpoint / "tokenizer.model").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--from", "/nowhere", "--to", "x"], "error: ckpt_dir='/nowhere' does not exist; / holds "),
         (["--from", "FOLDER", "--to", "FOLDER"], "is there already; give the name of a new folder"),
@@ -336,25 +343,24 @@ def test_the_command(tmp_path, tiny_checkpoint):
         (["--from", "FOLDER", "--to"], "error: convert.py: --to needs a value; see --help"),
     ],
 )
-def test_mistakes(tmp_path, tiny_checkpoint, words, message):
-    words = [
-        str(tiny_checkpoint) if word == "FOLDER" else str(tmp_path / "x") if word == "x" else word for word in words
-    ]
-    run = command(*words)
+def test_invalid_arguments_of_the_command(tmp_path, tiny_checkpoint, arguments, message):
+    paths = {"FOLDER": str(tiny_checkpoint), "x": str(tmp_path / "x")}
+    run = command(*(paths.get(argument, argument) for argument in arguments))
     assert run.returncode != 0
     assert message in run.stderr
     assert "Traceback" not in run.stderr
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_help():
     run = command("--help")
-    for word in ("layout", "shards", "dtype", "tokenizer_path", "Any layout is read"):
-        assert word in run.stdout + run.stderr
+    for text in ("layout", "shards", "dtype", "tokenizer_path", "Any layout is read"):
+        assert text in run.stdout + run.stderr
 
 
 def test_from_gguf(tmp_path):
-    """The tokenizer comes out of the file, too."""
+    """Including the tokenizer in the file."""
     model = tiny_model(tie_embeddings=True)
     path = write_gguf(tmp_path / "model.gguf", model)
     for layout in ("meta", "hf"):
@@ -367,13 +373,12 @@ def test_from_gguf(tmp_path):
 
 
 def test_from_gguf_with_scaled_rope(tmp_path, monkeypatch):
-    """What GGUF says in divisors, the other layouts say in numbers."""
+    """GGUF has divisors of the frequencies, the other layouts the parameters they are computed from."""
     from test_gguf import write_divisors
 
     model = tiny_model(use_scaled_rope=True, rope_scaling_factor=32.0)
     plain = tiny_model()
-    turns = [plain.freqs_cis[1].angle()[j] / model.freqs_cis[1].angle()[j] for j in range(16)]
-    write_divisors(monkeypatch, [float(turn) for turn in turns])
+    write_divisors(monkeypatch, (plain.freqs_cis[1].angle() / model.freqs_cis[1].angle()).tolist())
     path = write_gguf(tmp_path / "model.gguf", model)
     convert(path, tmp_path / "hf", "hf")
     scaling = json.loads((tmp_path / "hf" / "config.json").read_text())["rope_scaling"]
@@ -382,7 +387,7 @@ def test_from_gguf_with_scaled_rope(tmp_path, monkeypatch):
     assert torch.allclose(load(tmp_path / "hf").freqs_cis, model.freqs_cis, atol=1e-4)
 
 
-def test_llama_2_folder_whose_tokenizer_lies_elsewhere(tmp_path, caplog):
+def test_a_llama_2_folder_without_its_tokenizer(tmp_path, caplog):
     model = tiny_model(rope_theta=10000.0)
     path = write_llama2_tokenizer(tmp_path / "tokenizer.model")
     folder = write_meta_checkpoint(tmp_path / "llama-2-7b", model, path, 2, columns=True, vocab_size=-1)
@@ -402,7 +407,9 @@ def test_llama_2_folder_whose_tokenizer_lies_elsewhere(tmp_path, caplog):
 
 
 def test_llama_2s_tokenizer_in_transformers(tmp_path):
-    """With BOS, and the space before the first word; and an end token that only generation_config.json names."""
+    """With BOS, the space before the first word, and a stop token that only generation_config.json lists."""
+    import transformers
+
     path = write_llama2_tokenizer(tmp_path / "tokenizer.model")
     folder = write_meta_checkpoint(tmp_path / "meta", tiny_model(), path)
     convert(folder, tmp_path / "hf", "hf")
@@ -417,50 +424,50 @@ def test_llama_2s_tokenizer_in_transformers(tmp_path):
     assert not tokenizer.add_bos
 
 
-@pytest.mark.parametrize("longest", [100, 8192, 16384])
-def test_the_longest_context_survives_every_layout(tmp_path, longest):
+@pytest.mark.parametrize("limit", [100, 8192, 16384])
+def test_the_limit_of_max_seq_len_is_kept_by_every_layout(tmp_path, limit):
     for name, changes in MODELS.items():
-        folder = tmp_path / name / str(longest)
-        random_hugging_face_model(**changes | {"max_position_embeddings": longest}).save_pretrained(folder)
+        folder = tmp_path / name
+        random_hugging_face_model(**changes | {"max_position_embeddings": limit}).save_pretrained(folder)
         write_tokenizer_json(folder)
         convert(folder, folder / "meta")
         convert(folder / "meta", folder / "back", "hf")
-        for found in ("meta", "back"):
-            assert open_checkpoint(folder / found).settings.params["max_position_embeddings"] == longest
+        for written in ("meta", "back"):
+            assert open_checkpoint(folder / written).settings.params["max_position_embeddings"] == limit
 
 
-def test_a_context_that_isn_t_known_is_not_invented(tmp_path, llama3):
-    """Code Llama's params.json says nothing of it."""
+def test_no_limit_is_written_if_none_is_known(tmp_path, llama3):
+    """As for Code Llama, whose params.json has none."""
     save_checkpoint(tmp_path / "hf", tiny_model(vocab_size=VOCAB, rope_theta=1e6), llama3, layout="hf")
     assert Llama.build(tmp_path / "hf", None, 20000, 1, device="cpu").model.params.max_seq_len == 20000
 
 
-def test_padding_of_the_embedding_stays_behind(tmp_path):
-    """Meta's layout has no room for it: there the vocabularies agree."""
+def test_metas_layout_drops_the_padding_of_embeddings(tmp_path):
+    """In it, the embedding has exactly as many rows as the tokenizer has tokens."""
     random_hugging_face_model(vocab_size=576).save_pretrained(tmp_path / "hf")
     write_tokenizer_json(tmp_path / "hf")
     padded = load(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "meta", shards=4)
-    found = load(tmp_path / "meta")
-    assert (padded.vocab_size, found.vocab_size) == (576, 524)
+    converted = load(tmp_path / "meta")
+    assert (padded.vocab_size, converted.vocab_size) == (576, 524)
     with torch.no_grad():
-        assert torch.equal(found(TOKENS), padded(TOKENS)[..., :524])
-    save_checkpoint(tmp_path / "live", padded, open_checkpoint(tmp_path / "hf").tokenizer())
-    assert same_weights(load(tmp_path / "live"), found)
+        assert torch.equal(converted(TOKENS), padded(TOKENS)[..., :524])
+    save_checkpoint(tmp_path / "saved", padded, open_checkpoint(tmp_path / "hf").tokenizer())
+    assert same_weights(load(tmp_path / "saved"), converted)
     convert(tmp_path / "hf", tmp_path / "again", "hf")
     assert load(tmp_path / "again").vocab_size == 576
 
 
-def test_a_tokenizer_of_another_model_is_no_padding(tmp_path):
+def test_a_much_smaller_tokenizer_is_not_taken_for_padding(tmp_path):
     random_hugging_face_model(vocab_size=2048).save_pretrained(tmp_path)
     write_tokenizer_json(tmp_path)
-    with pytest.raises(ValueError, match="has vocab_size=2048, but its tokenizer has 524 words"):
+    with pytest.raises(ValueError, match="has vocab_size=2048, but its tokenizer has 524 tokens"):
         load(tmp_path)
 
 
-def test_what_llama_3s_ranks_can_t_say_lies_beside_them(tmp_path):
+def test_tokenizer_json_is_written_where_tokenizer_model_does_not_suffice(tmp_path):
     random_hugging_face_model().save_pretrained(tmp_path / "hf")
-    write_tokenizer_json(tmp_path / "hf")  # with <|eom_id|> among the ends
+    write_tokenizer_json(tmp_path / "hf")  # with <|eom_id|> among the stop tokens
     convert(tmp_path / "hf", tmp_path / "meta")
     assert {"tokenizer.model", "tokenizer.json"} <= {path.name for path in (tmp_path / "meta").iterdir()}
     ours, theirs = (open_checkpoint(tmp_path / layout).tokenizer() for layout in ("meta", "hf"))
@@ -472,13 +479,15 @@ def test_what_llama_3s_ranks_can_t_say_lies_beside_them(tmp_path):
 
 
 @pytest.mark.real
-def test_the_default_model_in_the_other_layouts_says_the_same(tmp_path):
-    want = " to find a way to live a life that is worth living."
+def test_the_default_model_generates_the_same_in_the_other_layouts(tmp_path):
+    import transformers
+
+    expected = " to find a way to live a life that is worth living."
     for layout in ("meta", "hf"):
         convert(default_checkpoint(), tmp_path / layout, layout)
         llama = Llama.build(tmp_path / layout, None, 128, 1, dtype=torch.float32)
         answer = llama.text_completion(["I believe the meaning of life is"], 0, max_gen_len=20)[0]["generation"]
-        assert answer.startswith(want)
+        assert answer.startswith(expected)
         chat = llama.chat_completion(
             [[{"role": "user", "content": "Give me a tagline for a new coffee shop."}]], 0, max_gen_len=20
         )
@@ -491,17 +500,17 @@ def test_the_default_model_in_the_other_layouts_says_the_same(tmp_path):
     assert tokenizer.decode(out, skip_special_tokens=True) == "The Eternal Flame: A New Brew, A New Life"
 
 
-STREAM = """
+CONVERT = """
 import sys, threading, time
 from llama.convert import convert
-def anonymous():
+def anonymous_bytes():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
 import torch, gguf, safetensors.torch
-peak, start = 0, anonymous()
+peak, start = 0, anonymous_bytes()
 def watch():
     global peak
     while True:
-        peak = max(peak, anonymous() - start)
+        peak = max(peak, anonymous_bytes() - start)
         time.sleep(0.002)
 threading.Thread(target=watch, daemon=True).start()
 convert(sys.argv[1], sys.argv[2], sys.argv[3])
@@ -509,16 +518,17 @@ print(peak)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(("source", "layout"), [("meta", "hf"), ("hf", "meta")])
 def test_tensors_pass_through_memory_one_at_a_time(tmp_path, llama3_path, source, layout):
-    """400 MB in 66 tensors, of which memory that isn't the files' holds a small part at any time."""
+    """Converting 400 MB in 66 tensors takes little memory beside that of mapped files."""
     model = tiny_model(dim=1024, n_layers=8, n_heads=8, n_kv_heads=8, vocab_size=VOCAB, ffn_dim=2560)
     size = sum(weight.numel() for weight in model.parameters()) * 4
     assert size > 380e6
     save_checkpoint(tmp_path / "source", model, Tokenizer(llama3_path), layout=source)
     del model
-    (tmp_path / "stream.py").write_text(STREAM)
-    run = run_python(tmp_path / "stream.py", tmp_path / "source", tmp_path / "target", layout, PYTHONPATH=str(ROOT))
+    (tmp_path / "convert.py").write_text(CONVERT)
+    run = run_python(tmp_path / "convert.py", tmp_path / "source", tmp_path / "target", layout, PYTHONPATH=str(ROOT))
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < size / 5

@@ -5,14 +5,15 @@ import random
 
 import pytest
 import tiktoken
-from conftest import write_llama3_tokenizer
-from hypothesis import given, settings
+from conftest import examples, write_llama3_tokenizer
+from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
 from llama import Tokenizer
-from llama.vocab.byte_pairs import split_long
-from llama.vocab.vocabulary import byte_level_ranks, gpt2_characters, read_tiktoken
+from llama.vocab.byte_pair_tokenizer import merge_byte_pairs, split_long
+from llama.vocab.tiktoken_file import read_tiktoken_file
+from llama.vocab.vocabulary import byte_level_ranks, gpt2_characters
 
 HARD_TEXTS = [
     "",
@@ -30,16 +31,16 @@ HARD_TEXTS = [
     "def f(x):\n\treturn x**2  # comment\n\n\n    pass",
     "\u200b\ufeff\u2028\u00a0\u3000zero width",
     "a" * 1000 + " " * 1000 + "\n" * 1000,
-    "\ud800 half a pair \udc00",
+    "\ud800 lone surrogates \udc00",
     "\x00\x01\x7f",
 ]
 
-# any text at all, half pairs of surrogates included
+# Any text, including lone surrogates.
 any_text = st.text(st.characters(codec=None), max_size=60) | st.text("ab 1\n\t'<|>é🙂\x04\U00040000", max_size=40)
 
 
 def repaired(text: str) -> str:
-    """Text as any of the engines can take it."""
+    """The text with lone surrogates replaced by U+FFFD: the other libraries don't accept them."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -74,8 +75,8 @@ def test_special_tokens_are_plain_text_unless_allowed(llama3):
     plain = llama3.encode(text, bos=False, eos=False)
     assert max(plain) < 268
     assert llama3.decode(plain) == text
-    some = llama3.encode(text, bos=False, eos=False, allowed_special={"<|eot_id|>"})
-    assert [i for i in some if i >= 268] == [eot]
+    one_allowed = llama3.encode(text, bos=False, eos=False, allowed_special={"<|eot_id|>"})
+    assert [i for i in one_allowed if i >= 268] == [eot]
     assert [i for i in llama3.encode(text, bos=False, eos=False, allowed_special="all") if i >= 268] == [eot, 268]
     with pytest.raises(ValueError, match="eot_id"):
         llama3.encode(text, bos=False, eos=False, disallowed_special={"<|eot_id|>"})
@@ -87,9 +88,9 @@ def test_special_tokens_are_plain_text_unless_allowed(llama3):
 @pytest.mark.real
 def test_real_llama3(real_llama3):
     assert real_llama3.n_words == 128256
-    want = [128000, 2028, 374, 264, 1296, 11914, 13, 128001]
-    assert real_llama3.encode("This is a test sentence.", bos=True, eos=True) == want
-    assert real_llama3.decode(want) == "<|begin_of_text|>This is a test sentence.<|end_of_text|>"
+    expected = [128000, 2028, 374, 264, 1296, 11914, 13, 128001]
+    assert real_llama3.encode("This is a test sentence.", bos=True, eos=True) == expected
+    assert real_llama3.decode(expected) == "<|begin_of_text|>This is a test sentence.<|end_of_text|>"
     assert (real_llama3.bos_id, real_llama3.eos_id) == (128000, 128001)
     assert real_llama3.stop_tokens == {128001, 128009}
     assert (real_llama3.special_tokens["<|start_header_id|>"], real_llama3.special_tokens["<|end_header_id|>"]) == (
@@ -114,13 +115,13 @@ def test_real_llama3_equals_tiktoken(real_llama3, real_llama3_path, text):
     assert real_llama3.decode(ids) == repaired(text)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(any_text)
 def test_llama3_round_trip(llama3, text):
     assert llama3.decode(llama3.encode(text, bos=False, eos=False)) == repaired(text)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(any_text)
 def test_llama2_equals_sentencepiece(llama2, llama2_path, text):
     engine = SentencePieceProcessor(model_file=str(llama2_path))
@@ -161,7 +162,7 @@ def test_smollm_equals_hugging_face(smollm, hugging_face_smollm, text):
 
 @pytest.mark.real
 def test_smollm_equals_hugging_face_on_random_texts(smollm, hugging_face_smollm):
-    """Every kind of character, and the bytes that the vocabulary has no token for, in all mixtures."""
+    """Mixtures of all kinds of characters and of bytes that the vocabulary has no token for."""
     generator = random.Random(0)
     pools = ["abc XYZ", "0123456789٣½", " \n\t\r\u00a0\u2028", ".,!?'\"<|>{}", "éß中文🙂ि", "\x04\x06\x13\x14\x16\x1d"]
     pools += ["\U00040000\U0007ffff\U000bffff", "'s'll've'T"]
@@ -187,8 +188,18 @@ def test_bytes_without_a_token_are_dropped(smollm):
         smollm.encode("x\x04<|im_end|>y", bos=False, eos=False, disallowed_special="all")
 
 
-def reference_split(text: str) -> list[str]:
-    """Character by character: blocks of 400,000, and in each a cut before the 25,001st of a kind in a row."""
+@examples(300)
+@given(
+    st.binary(max_size=60) | st.lists(st.sampled_from([b"the", b" in", b"user", b"\xff"]), max_size=30).map(b"".join)
+)
+def test_merging_byte_pairs_equals_tiktoken(llama3, piece):
+    assert merge_byte_pairs(piece, llama3.vocabulary.ranks) == (
+        llama3.model._encode_single_piece(piece) if piece else []
+    )
+
+
+def split_by_character(text: str) -> list[str]:
+    """Blocks of 400,000 characters, each cut before the 25,001st space or non-space in a row."""
     pieces = []
     for begin in range(0, len(text), 400_000):
         block, start, run = text[begin : begin + 400_000], 0, 0
@@ -215,8 +226,8 @@ def reference_split(text: str) -> list[str]:
     ],
     ids=range(7),
 )
-def test_long_texts_are_split_where_the_reference_splits_them(text):
-    assert list(split_long(text)) == reference_split(text)
+def test_long_texts_are_split_like_in_the_reference(text):
+    assert list(split_long(text)) == split_by_character(text)
     assert "".join(split_long(text)) == text
 
 
@@ -229,13 +240,13 @@ def test_a_million_characters(request, family, letter):
 
 
 @pytest.mark.real
-def test_a_million_letters_equal_the_pieces(real_llama3):
+def test_a_million_letters_are_encoded_in_pieces(real_llama3):
     ids = real_llama3.encode("a" * 1_000_000, bos=False, eos=False)
     assert ids == 40 * real_llama3.encode("a" * 25_000, bos=False, eos=False)
 
 
 @pytest.mark.parametrize("family", ["llama3", "llama2"])
-def test_what_encode_and_decode_refuse(request, family):
+def test_invalid_arguments_are_refused(request, family):
     tokenizer = request.getfixturevalue(family)
     with pytest.raises(ValueError, match="encode takes a str, not list") as error:
         tokenizer.encode(["x"], bos=False, eos=False)
@@ -254,12 +265,12 @@ BAD_FILES = {
     "a bad line": (b"IQ== 0\nIg== one\n", "line 2: expected a base64 token and a rank"),
     "a missing rank": (b"IQ== 0\nIg== 2\n", "ranks are not 0 to 1"),
     "missing bytes": (b"IQ== 0\nIg== 1\n", "no token for the byte"),
-    "a cut GGUF": (b"GGUF\x03\x00\x00\x00\x10\x01", "damaged or cut short"),
+    "a truncated GGUF file": (b"GGUF\x03\x00\x00\x00\x10\x01", "damaged or cut short"),
 }
 
 
 @pytest.mark.parametrize(("content", "message"), BAD_FILES.values(), ids=BAD_FILES)
-def test_files_that_are_no_tokenizer(tmp_path, content, message):
+def test_files_without_a_tokenizer_are_refused(tmp_path, content, message):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
@@ -275,29 +286,30 @@ def test_a_missing_tokenizer(tmp_path):
     assert isinstance(error.value, AssertionError)
     with pytest.raises(ValueError, match=r"is a folder, not a file; it holds params\.json"):
         Tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="tokenizer_path='--max_seq_len' is no path"):
+    with pytest.raises(ValueError, match="tokenizer_path='--max_seq_len' is not a path"):
         Tokenizer("--max_seq_len")
 
 
-def test_a_cut_tokenizer(tmp_path):
+def test_a_truncated_tokenizer(tmp_path):
     whole = write_llama3_tokenizer(tmp_path / "tokenizer.model").read_bytes()
     for end in (1, 40, 999):
-        (tmp_path / "cut.model").write_bytes(whole[:end])
-        with pytest.raises(ValueError, match=r"cut\.model"):
-            Tokenizer(tmp_path / "cut.model")
+        (tmp_path / "truncated.model").write_bytes(whole[:end])
+        with pytest.raises(ValueError, match=r"truncated\.model"):
+            Tokenizer(tmp_path / "truncated.model")
 
 
 @pytest.mark.real
-def test_llama3s_merges_as_gguf_files_list_them(real_llama3_path, tmp_path):
-    """Every way to make each token from two others, token by token: 280,147 of them, as in published files."""
-    vocabulary = read_tiktoken(real_llama3_path)
+def test_llama3s_merges_in_gguf_files(real_llama3_path, tmp_path):
+    """Published files list every way to make each token from two others, 280,147 in all."""
+    vocabulary = read_tiktoken_file(real_llama3_path)
     characters = gpt2_characters()
     tokens = {"".join(characters[byte] for byte in token): i for token, i in vocabulary.ranks.items()}
+    names = {i: token for token, i in tokens.items()}
     merges = []
     for token in tokens:
-        ways = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-        made = [(left, right) for left, right in ways if left in tokens and right in tokens]
-        merges += [f"{left} {right}" for left, right in sorted(made, key=lambda way: (tokens[way[0]], tokens[way[1]]))]
+        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        ids = sorted((tokens[left], tokens[right]) for left, right in pairs if left in tokens and right in tokens)
+        merges += [f"{names[left]} {names[right]}" for left, right in ids]
     assert len(merges) == 280147
     assert byte_level_ranks(tokens, merges, tmp_path) == vocabulary.ranks
 
@@ -313,23 +325,23 @@ def test_merges_must_be_in_the_order_of_their_ids(tmp_path):
         byte_level_ranks({"あ": 0}, [], tmp_path)
 
 
-def test_what_tokens_read_as(llama3, llama2):
-    """Their text, the bytes of half characters, and the names of special tokens."""
+def test_the_text_of_single_tokens(llama3, llama2):
+    """Incomplete characters appear as escaped bytes, special tokens by name."""
 
-    def texts(tokenizer, text: str) -> str:
+    def token_texts(tokenizer, text: str) -> str:
         return " ".join(map(repr, map(tokenizer.token_text, tokenizer.encode(text, bos=True, eos=True))))
 
     smile = r"'\\xf0' '\\x9f' '\\x99' '\\x82'"
-    assert texts(llama3, "the 🙂\n") == rf"'<|begin_of_text|>' 'th' 'e' ' ' {smile} '\n' '<|end_of_text|>'"
-    assert texts(llama2, "the house") == "'<s>' ' the' ' house' '</s>'"
-    assert texts(llama2, "🙂") == f"'<s>' ' ' {smile} '</s>'"
+    assert token_texts(llama3, "the 🙂\n") == rf"'<|begin_of_text|>' 'th' 'e' ' ' {smile} '\n' '<|end_of_text|>'"
+    assert token_texts(llama2, "the house") == "'<s>' ' the' ' house' '</s>'"
+    assert token_texts(llama2, "🙂") == f"'<s>' ' ' {smile} '</s>'"
     for tokenizer in (llama3, llama2):
         assert all(tokenizer.token_text(i) for i in range(tokenizer.n_words))
         with pytest.raises(ValueError, match="outside the vocabulary"):
             tokenizer.token_text(tokenizer.n_words)
 
 
-def test_ids_without_a_text(llama3_path):
+def test_the_text_of_ids_without_a_token(llama3_path):
     tokenizer = Tokenizer(llama3_path)
-    tokenizer.n_words += 4  # as Hugging Face's padded embeddings have it
+    tokenizer.n_words += 4  # as for padded embeddings
     assert tokenizer.token_text(524) == "<|unused_524|>"

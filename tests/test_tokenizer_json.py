@@ -1,4 +1,4 @@
-"""Hugging Face's tokenizer.json: the same ids as Hugging Face's own library, read and written."""
+"""Reading and writing Hugging Face's tokenizer.json: the ids are those of Hugging Face's own libraries."""
 
 import json
 import random
@@ -6,22 +6,23 @@ import shutil
 
 import pytest
 import tokenizers
-import transformers
-from conftest import write_tokenizer_json
-from hypothesis import example, given, settings
+from conftest import examples
+from conftest import write_tokenizer_json as write_example
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llama import ChatFormat, Tokenizer
 from llama.default_model import default_checkpoint
 from llama.gguf_file import GGUFFile
-from llama.vocab.tokenizer_json import write_tokenizer_json as ours_written
+from llama.vocab.tokenizer_json import write_tokenizer_json
 from llama.vocab.vocabulary import LLAMA3_PATTERN, SMOLLM_PATTERN, byte_level_ranks
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """A folder with a tokenizer.json and the files beside it. Tests must not change it."""
     folder = tmp_path_factory.mktemp("json")
-    write_tokenizer_json(folder)
+    write_example(folder)
     return folder
 
 
@@ -46,7 +47,7 @@ def random_texts(count):
         yield "".join(generator.choice(pool) for _ in range(generator.randint(1, 24)))
 
 
-def test_what_the_files_say(tokenizer):
+def test_attributes(tokenizer):
     special = tokenizer.special_tokens
     assert tokenizer.n_words == 524
     assert tokenizer.bos_id == special["<|begin_of_text|>"] == 268
@@ -57,12 +58,12 @@ def test_what_the_files_say(tokenizer):
     assert len(special) == 256
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.text(max_size=40) | st.text("the us\n 'ing1é🙂<|>", max_size=40))
 @example("<|end_of_text|>")
 @example("the<|eot_id|> us<|begin_of_text|>")
 def test_same_ids_as_tokenizers(folder, tokenizer, text):
-    """The package tokenizers takes a special token's name in a text for the token, which ours does only if allowed."""
+    """The package tokenizers takes the name of a special token in a text for the token; ours does only if allowed."""
     engine = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = tokenizer.encode(text, bos=False, eos=False, allowed_special="all")
     assert ids == engine.encode(text, add_special_tokens=False).ids
@@ -78,7 +79,7 @@ def test_same_ids_as_tokenizer_model(tokenizer, llama3):
 
 
 def change(folder, target, edit, file="tokenizer.json"):
-    """A copy of the folder with something changed in one of its files."""
+    """Copy the folder and change one of its files; returns the path of the copy's tokenizer.json."""
     shutil.copytree(folder, target, dirs_exist_ok=True)
     values = json.loads((target / file).read_text())
     edit(values)
@@ -86,8 +87,8 @@ def change(folder, target, edit, file="tokenizer.json"):
     return target / "tokenizer.json"
 
 
-def test_alone(folder, tmp_path):
-    """Without the files beside it, what its tokens are called tells."""
+def test_without_the_files_beside_it(folder, tmp_path):
+    """BOS is then in the post-processor, and the stop tokens are known by name."""
     shutil.copy(folder / "tokenizer.json", tmp_path)
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_tokens) == (268, 269, {269, 277})
@@ -100,16 +101,16 @@ def test_whether_a_text_begins_with_bos(folder, tmp_path):
     path = change(folder, tmp_path / "b", lambda t: t.update(post_processor=None))
     tokenizer = Tokenizer(path)
     assert not tokenizer.add_bos
-    assert tokenizer.bos_id == 268  # the configuration names it
+    assert tokenizer.bos_id == 268  # from tokenizer_config.json
     path = change(tmp_path / "b", tmp_path / "c", lambda c: c.update(add_bos_token=True), "tokenizer_config.json")
     assert Tokenizer(path).add_bos
 
 
-def test_one_end_or_several(folder, tmp_path):
-    for given_ids, ends in ((270, {270, 269, 277}), ([270, 3], {270, 3, 269, 277}), (None, {269, 277})):
-        path = change(folder, tmp_path, lambda c, ids=given_ids: c.update(eos_token_id=ids), "generation_config.json")
-        assert Tokenizer(path).stop_tokens == ends
-    (tmp_path / "config.json").write_text('{"eos_token_id": 271}')  # second to generation_config.json
+def test_one_or_several_eos_ids(folder, tmp_path):
+    for eos_ids, stop_tokens in ((270, {270, 269, 277}), ([270, 3], {270, 3, 269, 277}), (None, {269, 277})):
+        path = change(folder, tmp_path, lambda c, ids=eos_ids: c.update(eos_token_id=ids), "generation_config.json")
+        assert Tokenizer(path).stop_tokens == stop_tokens
+    (tmp_path / "config.json").write_text('{"eos_token_id": 271}')  # used if generation_config.json has none
     assert Tokenizer(path).stop_tokens == {269, 271, 277}
     change(folder, tmp_path, lambda c: None, "generation_config.json")
     (tmp_path / "config.json").write_text('{"eos_token_id": 271}')
@@ -126,8 +127,8 @@ def test_chat_templates_in_other_places(folder, tmp_path):
     assert Tokenizer(path).chat_template == "in a file"
 
 
-def test_added_words_that_are_not_special(folder, tmp_path):
-    """Such as <think> of the models that DeepSeek made of Llama: they too are plain text unless allowed."""
+def test_added_tokens_that_are_not_special(folder, tmp_path):
+    """Such as <think> of DeepSeek's distilled Llamas: they too are plain text unless allowed."""
 
     def edit(values):
         values["added_tokens"][13] |= {"content": "<think>", "special": False}
@@ -148,9 +149,9 @@ def test_a_gap_in_the_ids(folder, tmp_path):
     tokenizer = Tokenizer(change(folder, tmp_path, edit))
     assert tokenizer.n_words == 534
     assert tokenizer.decode([104, 525, 105]) == "hi"
-    (tmp_path / "again").mkdir()
-    ours_written(tmp_path / "again", tokenizer.vocabulary)
-    engine = tokenizers.Tokenizer.from_file(str(tmp_path / "again" / "tokenizer.json"))
+    (tmp_path / "written").mkdir()
+    write_tokenizer_json(tmp_path / "written", tokenizer.vocabulary)
+    engine = tokenizers.Tokenizer.from_file(str(tmp_path / "written" / "tokenizer.json"))
     assert special_ids_are_the_same(tokenizer, engine)
 
 
@@ -159,7 +160,7 @@ PRE_TOKENIZERS = {
     "smollm": tokenizers.pre_tokenizers.Sequence(
         [tokenizers.pre_tokenizers.Digits(True), tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)]
     ),
-    "a pattern with gaps": tokenizers.pre_tokenizers.Sequence(
+    "a pattern that does not match everything": tokenizers.pre_tokenizers.Sequence(
         [
             tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\p{L}+|\d"), "isolated"),
             tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -169,7 +170,7 @@ PRE_TOKENIZERS = {
 
 
 @pytest.mark.parametrize("pre_tokenizer", PRE_TOKENIZERS.values(), ids=PRE_TOKENIZERS)
-def test_ways_to_split(folder, tmp_path, pre_tokenizer):
+def test_pre_tokenizers(folder, tmp_path, pre_tokenizer):
     engine = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     engine.pre_tokenizer = pre_tokenizer
     engine.save(str(tmp_path / "tokenizer.json"))
@@ -189,50 +190,53 @@ def set_steps(*steps):
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 SPLIT = {"type": "Split", "pattern": {"Regex": "a|b"}, "behavior": "Isolated", "invert": False}
 
-REFUSED = {
+UNSUPPORTED = {
     "sentencepiece": (set_model(byte_fallback=True), r"holds a sentencepiece tokenizer \(BPE\).*tokenizer\.model"),
     "unigram": (set_model(type="Unigram"), r"holds a sentencepiece tokenizer \(Unigram\)"),
-    "word ends": (set_model(end_of_word_suffix="</w>"), "end_of_word_suffix is '</w>'"),
+    "an end-of-word suffix": (set_model(end_of_word_suffix="</w>"), "end_of_word_suffix is '</w>'"),
     "a normalizer": (lambda v: v.update(normalizer={"type": "NFC"}), r"the normalizer \{'type': 'NFC'\}"),
     "no vocabulary": (lambda v: v["model"].pop("vocab"), "lacks 'vocab'"),
     "no model": (lambda v: v.pop("model"), "lacks 'model'"),
     "no merges": (lambda v: v["model"].pop("merges"), "lacks 'merges'"),
-    "an id twice": (lambda v: v["model"]["vocab"].update({"!": 70}), "are not different numbers"),
-    "an id that is no number": (lambda v: v["model"]["vocab"].update({"!": "7"}), "are not different numbers"),
-    "a huge id": (lambda v: v["model"]["vocab"].update({"!": 2**40}), "are not different numbers"),
+    "the same id twice": (lambda v: v["model"]["vocab"].update({"!": 70}), "are not different integers"),
+    "an id that is a string": (lambda v: v["model"]["vocab"].update({"!": "7"}), "are not different integers"),
+    "a huge id": (lambda v: v["model"]["vocab"].update({"!": 2**40}), "are not different integers"),
     "an added token without a name": (lambda v: v["added_tokens"][0].pop("content"), "lacks 'content'"),
     "merges out of order": (lambda v: v["model"]["merges"].reverse(), "is out of order"),
     "a merge of three": (set_model(merges=[["t", "h", "e"]]), "the merge 't h e' is out of order"),
-    "characters of no byte": (lambda v: v["model"]["vocab"].update({"あ": 9999}), "stands for no byte"),
-    "no splitting": (lambda v: v.update(pre_tokenizer=None), "the pre_tokenizer None isn't known"),
-    "metaspace": (set_steps({"type": "Metaspace"}), "the pre_tokenizer .*Metaspace.* isn't known"),
-    "a space before": (set_steps(SPLIT, BYTE_LEVEL | {"add_prefix_space": True}), "the pre_tokenizer .* isn't known"),
-    "removed pieces": (set_steps(SPLIT | {"behavior": "Removed"}, BYTE_LEVEL), "the pre_tokenizer .* isn't known"),
-    "an inverted pattern": (set_steps(SPLIT | {"invert": True}, BYTE_LEVEL), "the pre_tokenizer .* isn't known"),
-    "a pattern that matches nothing": (
+    "a character that stands for no byte": (lambda v: v["model"]["vocab"].update({"あ": 9999}), "stands for no byte"),
+    "no pre-tokenizer": (lambda v: v.update(pre_tokenizer=None), "the pre_tokenizer None is not supported"),
+    "metaspace": (set_steps({"type": "Metaspace"}), "the pre_tokenizer .*Metaspace.* is not supported"),
+    "a prefix space": (
+        set_steps(SPLIT, BYTE_LEVEL | {"add_prefix_space": True}),
+        "the pre_tokenizer .* is not supported",
+    ),
+    "removed pieces": (set_steps(SPLIT | {"behavior": "Removed"}, BYTE_LEVEL), "the pre_tokenizer .* is not supported"),
+    "an inverted pattern": (set_steps(SPLIT | {"invert": True}, BYTE_LEVEL), "the pre_tokenizer .* is not supported"),
+    "a pattern that matches the empty text": (
         set_steps(SPLIT | {"pattern": {"Regex": r"\p{L}*"}}, BYTE_LEVEL),
-        "its split pattern .* matches nothing at all",
+        "its split pattern .* matches the empty text",
     ),
     "merges that are numbers": (set_model(merges=[5]), "its merges are not all pairs of tokens"),
-    "merges that are nothing": (set_model(merges=[None]), "its merges are not all pairs of tokens"),
-    "bytes that are unknown": (
+    "merges that are null": (set_model(merges=[None]), "its merges are not all pairs of tokens"),
+    "unknown bytes": (
         lambda v: v["model"].update(unk_token="!", vocab={k: i for k, i in v["model"]["vocab"].items() if k != "#"}),
         "unk_token '!' stands for some bytes",
     ),
-    "a token that nothing makes": (
+    "a token that no merge makes": (
         lambda v: v["model"].update(ignore_merges=False, vocab=v["model"]["vocab"] | {"xyz": 9000}),
         r"no merge makes the tokens \['xyz'\]",
     ),
-    "a bad pattern": (set_steps(SPLIT | {"pattern": {"Regex": "(("}}, BYTE_LEVEL), r"its split pattern '\(\("),
+    "an invalid pattern": (set_steps(SPLIT | {"pattern": {"Regex": "(("}}, BYTE_LEVEL), r"its split pattern '\(\("),
     "digits in groups": (
         set_steps({"type": "Digits", "individual_digits": False}, BYTE_LEVEL | {"use_regex": True}),
-        "the pre_tokenizer .* isn't known",
+        "the pre_tokenizer .* is not supported",
     ),
 }
 
 
-@pytest.mark.parametrize(("edit", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_can_t_be_read_is_refused_by_name(folder, tmp_path, edit, message):
+@pytest.mark.parametrize(("edit", "message"), UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_unsupported_tokenizers_are_refused(folder, tmp_path, edit, message):
     path = change(folder, tmp_path, edit)
     with pytest.raises(ValueError, match=message) as error:
         Tokenizer(path)
@@ -240,7 +244,7 @@ def test_what_can_t_be_read_is_refused_by_name(folder, tmp_path, edit, message):
     assert str(path) in str(error.value)
 
 
-def test_a_folder_that_names_no_end(folder, tmp_path):
+def test_a_tokenizer_without_eos(folder, tmp_path):
     path = change(folder, tmp_path, lambda t: t.update(added_tokens=t["added_tokens"][:1]))
     for name in ("generation_config.json", "tokenizer_config.json"):
         (tmp_path / name).unlink()
@@ -248,9 +252,9 @@ def test_a_folder_that_names_no_end(folder, tmp_path):
         Tokenizer(path)
 
 
-def test_ends_that_are_no_tokens(folder, tmp_path):
+def test_eos_ids_outside_the_vocabulary(folder, tmp_path):
     path = change(folder, tmp_path, lambda c: c.update(eos_token_id=[269, 9999]), "generation_config.json")
-    with pytest.raises(ValueError, match=r"the tokens that end a text are \[269, 277, 9999\]"):
+    with pytest.raises(ValueError, match=r"not all the ids that end a text, \[269, 277, 9999\], are among"):
         Tokenizer(path)
 
 
@@ -264,24 +268,28 @@ def special_ids_are_the_same(tokenizer, engine):
 
 
 def test_written_and_read_again(llama3, tmp_path):
-    ours_written(tmp_path, llama3.vocabulary)
-    again = Tokenizer(tmp_path / "tokenizer.json")
-    assert same_tokenizer(again, llama3)
+    import transformers
+
+    write_tokenizer_json(tmp_path, llama3.vocabulary)
+    read_back = Tokenizer(tmp_path / "tokenizer.json")
+    assert same_tokenizer(read_back, llama3)
     assert special_ids_are_the_same(llama3, tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in random_texts(300):
-        assert again.encode(text, bos=False, eos=False) == llama3.encode(text, bos=False, eos=False)
+        assert read_back.encode(text, bos=False, eos=False) == llama3.encode(text, bos=False, eos=False)
         assert theirs.encode(text) == llama3.encode(text, bos=True, eos=False)
         assert theirs.decode(theirs.encode(text, add_special_tokens=False)) == text
     assert (theirs.bos_token_id, theirs.eos_token_id) == (268, 269)
 
 
 @pytest.mark.real
-def test_the_default_models_written_and_read_again(smollm, tmp_path):
-    ours_written(tmp_path, smollm.vocabulary)
+def test_the_default_models_tokenizer_written_and_read_again(smollm, tmp_path):
+    import transformers
+
+    write_tokenizer_json(tmp_path, smollm.vocabulary)
     assert smollm.vocabulary.pattern == SMOLLM_PATTERN
-    again = Tokenizer(tmp_path / "tokenizer.json")
-    assert same_tokenizer(again, smollm)
+    read_back = Tokenizer(tmp_path / "tokenizer.json")
+    assert same_tokenizer(read_back, smollm)
     engine = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert special_ids_are_the_same(smollm, engine)
     assert engine.encode("<|im_start|>user\nhi<|im_end|>").ids[0] == 1
@@ -290,34 +298,34 @@ def test_the_default_models_written_and_read_again(smollm, tmp_path):
         [{"role": "user", "content": "Hello, world 12"}],
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "the <b>"}],
     ):
-        want = theirs.apply_chat_template(dialog, add_generation_prompt=True, return_dict=False)
-        assert ChatFormat(again).encode_dialog_prompt(dialog) == want
+        expected = theirs.apply_chat_template(dialog, add_generation_prompt=True, return_dict=False)
+        assert ChatFormat(read_back).encode_dialog_prompt(dialog) == expected
     for text in random_texts(3000):
         ids = smollm.encode(text, bos=False, eos=False)
-        assert again.encode(text, bos=False, eos=False) == ids
+        assert read_back.encode(text, bos=False, eos=False) == ids
         assert engine.encode(text).ids == ids, repr(text)
 
 
 @pytest.mark.real
-def test_llama3s_written_and_read_again(real_llama3, tmp_path):
-    ours_written(tmp_path, real_llama3.vocabulary)
+def test_llama3s_tokenizer_written_and_read_again(real_llama3, tmp_path):
+    write_tokenizer_json(tmp_path, real_llama3.vocabulary)
     assert real_llama3.vocabulary.pattern == LLAMA3_PATTERN
-    again = Tokenizer(tmp_path / "tokenizer.json")
-    assert same_tokenizer(again, real_llama3)
+    read_back = Tokenizer(tmp_path / "tokenizer.json")
+    assert same_tokenizer(read_back, real_llama3)
     engine = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert special_ids_are_the_same(real_llama3, engine)
     for text in random_texts(3000):
         ids = real_llama3.encode(text, bos=True, eos=False)
-        assert again.encode(text, bos=True, eos=False) == ids
+        assert read_back.encode(text, bos=True, eos=False) == ids
         assert engine.encode(text).ids == ids, repr(text)
 
 
 @pytest.mark.real
 def test_every_token_of_the_default_model_is_made_by_merges(smollm):
-    """So that reading it by rank gives what merging gives."""
+    """So its ids can serve as ranks."""
     file = GGUFFile(default_checkpoint())
     ordinary = {t: i for i, t in enumerate(file.get("tokenizer.ggml.tokens", list)) if t not in smollm.special_tokens}
     merges = file.get("tokenizer.ggml.merges", list)
-    assert byte_level_ranks(ordinary, merges, file.path, unmerged=False) == smollm.vocabulary.ranks
+    assert byte_level_ranks(ordinary, merges, file.path, ignore_merges=False) == smollm.vocabulary.ranks
     with pytest.raises(ValueError, match="no merge makes the tokens"):
-        byte_level_ranks(ordinary, merges[:-1], file.path, unmerged=False)
+        byte_level_ranks(ordinary, merges[:-1], file.path, ignore_merges=False)

@@ -1,11 +1,11 @@
-"""Checkpoints on disk: what layout a folder or file has, what model is in it, and reading and writing its tensors.
+"""Checkpoints on disk: recognising a layout, reading and writing its tensors.
 
-Every layout is read by one class with the same few things: `settings`, `shapes()`, `dtype()`, `read()` and
-`tokenizer()`. All give the tensors by their names in our network (`layers.0.attention.wq.weight`), whole or a slice of
-them, so that any layout loads on any number of processes, and can be written as any other.
+Each layout is read by a subclass of `Checkpoint` with the same interface: `settings`, `shapes()`, `dtype()`, `read()`
+and `tokenizer()`. All of them give tensors, whole or sliced, by their names in our network
+(`layers.0.attention.wq.weight`). So any layout can be loaded by any number of processes, and written as any other.
 """
 
-from llama.checkpoint.layout import Checkpoint, Settings
+from llama.checkpoint.base import Checkpoint, Settings
 from llama.checkpoint.load import check_tensors, load_model, open_checkpoint, read_settings
 from llama.checkpoint.parameters import parameter_count, parameter_shapes, share, split_axis
 from llama.checkpoint.save import save_checkpoint

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from llama.checkpoint.layout import Checkpoint
+from llama.checkpoint.base import Checkpoint
 from llama.checkpoint.load import check_tensors, open_checkpoint
 from llama.checkpoint.parameters import parameter_shapes
-from llama.checkpoint.save import write
+from llama.checkpoint.save import write_checkpoint
 from llama.device import dtype_named
 from llama.model_args import ModelArgs
 from llama.tokenizer import Tokenizer
@@ -25,34 +25,34 @@ def convert(
     dtype: str | None = None,
     tokenizer_path: str | None = None,
 ) -> None:
-    """Write a checkpoint in another layout, number of files or number format.
+    """Write a checkpoint in another layout, number of files or dtype.
 
     Any layout is read: a folder in Meta's or Hugging Face's, or a GGUF file, which is dequantized. Tensors pass through
-    memory one at a time. The new folder appears when all of it is written.
+    memory one at a time. The new folder appears when it is complete.
 
     Args:
-        from_: the checkpoint's folder or file, after --from or as the first word
-        to: the folder to write, which must not be there yet
+        from_: the checkpoint's folder or file, after --from or as the first argument
+        to: the folder to write, which must not exist yet
         layout: meta (consolidated.NN.pth and params.json) or hf (safetensors and config.json)
-        shards: files of weights; by default 1 for meta, and files of at most 5 GB for hf
-        dtype: float32, float16 or bfloat16; by default the smallest that loses nothing
-        tokenizer_path: the tokenizer's file, where it isn't with the checkpoint
+        shards: number of files of weights; by default 1 for meta, and files of at most 5 GB for hf
+        dtype: float32, float16 or bfloat16; by default the smallest that represents every weight exactly
+        tokenizer_path: the tokenizer's file, if it is not with the checkpoint
     """
-    chosen = dtype_named(dtype)
+    requested_dtype = dtype_named(dtype)
     checkpoint = open_checkpoint(from_)
     tokenizer = find_tokenizer(checkpoint, tokenizer_path)
-    params = checkpoint.settings.params
-    n_words = params.get("vocab_size", -1) if tokenizer is None else tokenizer.n_words
-    args = checkpoint.settings.model_args(n_words, max_seq_len=1, max_batch_size=1)
+    vocab_size = checkpoint.settings.params.get("vocab_size", -1) if tokenizer is None else tokenizer.n_words
+    args = checkpoint.settings.model_args(vocab_size, max_seq_len=1, max_batch_size=1)
     check_tensors(checkpoint, args)
     if args.max_position_embeddings is None:
         args.max_position_embeddings = checkpoint.settings.advised_seq_len
-    write(to, layout, args, whole_tensors(checkpoint, args), chosen or checkpoint.dtype(), shards, tokenizer)
+    tensors = read_parameters(checkpoint, args)
+    write_checkpoint(to, layout, args, tensors, requested_dtype or checkpoint.dtype(), shards, tokenizer)
     logger.info("wrote %s", to)
 
 
 def find_tokenizer(checkpoint: Checkpoint, tokenizer_path: str | None) -> Tokenizer | None:
-    """The tokenizer to write beside the weights, or None, with a warning, where none is to be found."""
+    """The tokenizer to write beside the weights, or None, with a warning, if there is none."""
     if tokenizer_path is not None:
         return Tokenizer(tokenizer_path)
     try:
@@ -62,8 +62,8 @@ def find_tokenizer(checkpoint: Checkpoint, tokenizer_path: str | None) -> Tokeni
         return None
 
 
-def whole_tensors(checkpoint: Checkpoint, args: ModelArgs) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter, one at a time."""
+def read_parameters(checkpoint: Checkpoint, args: ModelArgs) -> Iterator[tuple[str, torch.Tensor]]:
+    """The name of every parameter and the whole parameter, one at a time."""
     for name, shape in parameter_shapes(args).items():
         axis = 0 if len(shape) == 2 else None
         yield name, checkpoint.read(name, axis, 0, shape[0])

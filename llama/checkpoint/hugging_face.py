@@ -10,17 +10,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from llama.checkpoint.layout import Checkpoint, Settings
-from llama.checkpoint.parameters import our_name, parameter_shapes
+from llama.checkpoint.base import Checkpoint, Settings
+from llama.checkpoint.parameters import network_name, parameter_shapes
 from llama.checkpoint.staging import Staging
+from llama.device import dtype_name
 from llama.errors import CheckpointError, InputError
-from llama.files import Metadata, first_bytes, read_json, refuse_if_unmappable, require_path, write_json
+from llama.files import Metadata, first_bytes, raise_if_unmappable, read_json, require_path, write_json
 from llama.model_args import ModelArgs
 from llama.tokenizer import Tokenizer
-from llama.vocab.tokenizer_json import adds_bos, end_ids
-from llama.vocab.vocabulary import is_tiktoken
+from llama.vocab.tiktoken_file import is_tiktoken_file
+from llama.vocab.tokenizer_config import read_add_bos, read_eos_ids
 
-LAYER = "model.layers."
+# Names of tensors in the files, without layer and ".weight" -> names in our network.
 NAMES = {
     "model.embed_tokens": "tok_embeddings",
     "model.norm": "norm",
@@ -35,15 +36,18 @@ NAMES = {
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-THEIR_NAMES = {ours: theirs for theirs, ours in NAMES.items()}
-ROTATED = ("attention.wq.weight", "attention.wk.weight")  # whose rows lie in another order
+NAMES_IN_FILES = {ours: theirs for theirs, ours in NAMES.items()}
+LAYER_PREFIX = "model.layers."
+
+# Their rows are in another order, since Hugging Face's network rotates other pairs of features of a head.
+ROTARY_WEIGHTS = ("attention.wq.weight", "attention.wk.weight")
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-# What else a Llama configuration can ask for -> what this network does.
-ONLY: dict[str, tuple[Any, ...]] = {
+# Further keys of a Llama's config.json -> the values that our network supports; where there are none, only null.
+SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -53,41 +57,42 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
 }
 
-MOST_PADDING = 1024  # words that an embedding may have more than the tokenizer; with more, they don't belong together
+MAX_PADDING = 1024  # rows of an embedding beyond the tokenizer's tokens; with more, it is another model's tokenizer
 
-SHARD_BYTES = 5_000_000_000  # of the files that a model is written to, unless their number is given
+MAX_SHARD_BYTES = 5_000_000_000  # of a file of weights, unless the number of files is given
 
 
 class HuggingFaceCheckpoint(Checkpoint):
-    """A folder in Hugging Face's layout. Its weights are mapped."""
+    """A folder in Hugging Face's layout. Its weights are memory-mapped."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.settings = read_config_json(folder / CONFIG)
-        self._tensors: dict[str, tuple[Path, Any]] = {}  # our name -> its file, and what gives slices of it
+        self._tensors: dict[str, tuple[Path, Any]] = {}  # name in our network -> its file, and safetensors' slice of it
         for path, names in self._files().items():
             file = open_safetensors(path)
             for name in file.keys() if names is None else names:
-                if not name.endswith(".rotary_emb.inv_freq"):  # in old files: computed
+                if not name.endswith(".rotary_emb.inv_freq"):  # a table in old files, which our network computes
                     try:
-                        self._tensors[our_name(name, LAYER, NAMES)] = path, file.get_slice(name)
+                        tensor = file.get_slice(name)
                     except Exception as error:
                         raise CheckpointError(f"{folder / INDEX}: {name} should be in {path}: {error}") from error
+                    self._tensors[network_name(name, LAYER_PREFIX, NAMES)] = path, tensor
         params = self.settings.params
-        if params["tie_embeddings"] is None:  # not told
+        if params["tie_embeddings"] is None:  # config.json doesn't say
             params["tie_embeddings"] = "output.weight" not in self._tensors
         if params["tie_embeddings"]:
             self._tensors.pop("output.weight", None)
 
     def _files(self) -> dict[Path, list[str] | None]:
-        """The files of weights, each with the names of its tensors, or None for all in it."""
+        """The files of weights, each with the names of its tensors to use; None for all that are in it."""
         if (self.path / WEIGHTS).exists():
             return {self.path / WEIGHTS: None}
         index = Metadata(self.path / INDEX, read_json(self.path / INDEX))
         files: dict[Path, list[str] | None] = {}
         for name, file in index.get("weight_map", dict).items():
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise CheckpointError(f"{index.path}: {name} lies in {file!r}, which is no file of this folder")
+                raise CheckpointError(f"{index.path}: {name} is in {file!r}, which can't be a file of this folder")
             names = files.setdefault(self.path / file, [])
             if names is not None:
                 names.append(name)
@@ -106,74 +111,81 @@ class HuggingFaceCheckpoint(Checkpoint):
         return DTYPES[tensor.get_dtype()]
 
     def read(self, name: str, axis: int | None, start: int, stop: int) -> torch.Tensor:
-        self._dtype(name)
+        self._dtype(name)  # raises if it is not supported
         tensor = self._tensors[name][1]
-        if axis is None:
-            return tensor[:]
-        if axis == 1:
-            return tensor[:, start:stop]
-        if not name.endswith(ROTATED):
-            return tensor[start:stop]
-        head_size = ModelArgs(**self.settings.params).head_size
-        first = start // head_size * head_size  # whole heads
-        heads = to_adjacent_pairs(tensor[first : -(-stop // head_size) * head_size], head_size)
-        return heads[start - first : stop - first]
+        if axis == 0 and name.endswith(ROTARY_WEIGHTS):
+            head_size = ModelArgs(**self.settings.params).head_size
+            first = start // head_size * head_size  # the rows of a head are reordered together
+            heads = to_adjacent_pairs(tensor[first : -(-stop // head_size) * head_size], head_size)
+            return heads[start - first : stop - first]
+        part: torch.Tensor = tensor[:] if axis is None else tensor[start:stop] if axis == 0 else tensor[:, start:stop]
+        return part
 
     def tokenizer(self) -> Tokenizer:
-        as_json, path = self.path / "tokenizer.json", self.path / "tokenizer.model"
-        # A sentencepiece model is also there as JSON, but only the JSON of the others is read.
-        if as_json.exists() and not (path.exists() and not is_tiktoken(first_bytes(path))):
-            path = as_json
+        json_path, path = self.path / "tokenizer.json", self.path / "tokenizer.model"
+        # Folders with a sentencepiece model have it as JSON too, but only byte-level JSON can be read.
+        if json_path.exists() and not (path.exists() and not is_tiktoken_file(first_bytes(path))):
+            path = json_path
         tokenizer = Tokenizer(require_path(path, "tokenizer_path"))
-        if path != as_json:  # which is read together with its neighbours
-            tokenizer.stop_tokens |= end_ids(self.path)
-            tokenizer.add_bos = adds_bos(self.path, tokenizer.add_bos)
-        # Embeddings are often padded to a round number of words.
+        if path != json_path:  # for tokenizer.json, the reader has done this
+            tokenizer.stop_tokens |= read_eos_ids(self.path)
+            tokenizer.add_bos = read_add_bos(self.path, tokenizer.add_bos)
+        # Embeddings are often padded to a round number of rows.
         padding = self.settings.params["vocab_size"] - tokenizer.n_words
-        if 0 < padding < MOST_PADDING:
+        if 0 < padding < MAX_PADDING:
             tokenizer.n_words += padding
             tokenizer.n_padding = padding
         return tokenizer
 
 
 def to_adjacent_pairs(weight: torch.Tensor, head_size: int) -> torch.Tensor:
-    """From rows whose rotary pairs are (j, j + head_size / 2) of a head to ours, (2j, 2j + 1)."""
-    return weight.unflatten(0, (-1, 2, head_size // 2)).transpose(1, 2).flatten(0, 2)
+    """Reorder the rows of each head from rotary pairs (j, j + head_size / 2), Hugging Face's, to (2j, 2j + 1), ours."""
+    return weight.reshape(-1, 2, head_size // 2, weight.shape[-1]).transpose(1, 2).flatten(0, 2)
 
 
 def to_half_split(weight: torch.Tensor, head_size: int) -> torch.Tensor:
-    """The other way."""
-    return weight.unflatten(0, (-1, head_size // 2, 2)).transpose(1, 2).flatten(0, 2)
+    """The inverse of `to_adjacent_pairs`."""
+    return weight.reshape(-1, head_size // 2, 2, weight.shape[-1]).transpose(1, 2).flatten(0, 2)
 
 
 def open_safetensors(path: Path) -> Any:
-    """A mapped `.safetensors` file; its header has been checked against its size."""
+    """Open a `.safetensors` file memory-mapped; safetensors checks its header against its size.
+
+    Raises:
+        MissingFileError: no such file.
+        CheckpointError: not a safetensors file, or a damaged one.
+        MemoryError: the system refuses to map so large a file.
+    """
     head = first_bytes(require_path(path, "the file of weights"))
     try:
         return safe_open(path, framework="pt", device="cpu")
     except Exception as error:
-        refuse_if_unmappable(path, error)
+        raise_if_unmappable(path, error)
         raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is damaged or cut short, or no safetensors file: {error}; it begins "
-            f"with {head[:16]!r}"
+            f"{path} ({path.stat().st_size} bytes) is damaged or cut short, or not a safetensors file: {error}; it "
+            f"begins with {head[:16]!r}"
         ) from error
 
 
 def read_config_json(path: Path) -> Settings:
-    """What a `config.json` says.
+    """The settings in a `config.json`.
 
     Raises:
-        CheckpointError: it is damaged, or asks for something that this network can't do; the message names it.
+        MissingFileError: no such file.
+        CheckpointError: it is damaged, or asks for a feature that our network lacks; the message names it.
     """
     config = Metadata(path, read_json(require_path(path, CONFIG)))
     get = config.get
     if get("model_type", str, "missing") != "llama":
         raise CheckpointError(f"{path}: model_type is {config.values.get('model_type')!r}; only 'llama' can be run")
-    rope = Metadata(path, get("rope_parameters", dict, None) or get("rope_scaling", dict, None) or {})
-    for key, known in ONLY.items():
+    rope_values: dict[str, Any] | None = get("rope_parameters", dict, None) or get("rope_scaling", dict, None)
+    rope = Metadata(path, rope_values or {})
+    for key, supported in SUPPORTED_VALUES.items():
         value = config.values.get(key, rope.values.get(key))
-        if value is not None and value not in known:
-            raise CheckpointError(f"{path}: {key} is {value!r:.80}, and this network knows only {list(known) or None}")
+        if value is not None and value not in supported:
+            raise CheckpointError(
+                f"{path}: {key} is {value!r:.80}, and this network knows only {list(supported) or None}"
+            )
     other_layers = set(map(str, get("layer_types", list, []))) - {"full_attention"}
     if other_layers:
         raise CheckpointError(f"{path}: layer_types has {other_layers}, and this network knows only full_attention")
@@ -192,27 +204,38 @@ def read_config_json(path: Path) -> Settings:
         "tie_embeddings": get("tie_word_embeddings", bool, None),
         "max_position_embeddings": get("max_position_embeddings", int, None),
     }
+    return Settings(path, params | read_rope_scaling(rope))
+
+
+def read_rope_scaling(rope: Metadata) -> dict[str, Any]:
+    """The `ModelArgs` fields of the `rope_parameters` or `rope_scaling` in a `config.json`.
+
+    Raises:
+        CheckpointError: a kind of scaling that our network lacks.
+    """
     kind = rope.get("rope_type", str, rope.get("type", str, "default"))
+    if kind == "default":
+        return {}
+    if kind == "linear":
+        return {"rope_divisors": (rope.get("factor", float),)}
     if kind == "llama3":
-        params |= {
+        return {
             "use_scaled_rope": True,
             "rope_scaling_factor": rope.get("factor", float),
             "rope_low_freq_factor": rope.get("low_freq_factor", float),
             "rope_high_freq_factor": rope.get("high_freq_factor", float),
             "rope_original_max_seq_len": rope.get("original_max_position_embeddings", int),
         }
-    elif kind == "linear":
-        params["rope_divisors"] = (rope.get("factor", float),)
-    elif kind != "default":
-        raise CheckpointError(f"{path}: rope scaling of type {kind!r}; only 'default', 'linear' and 'llama3' are known")
-    return Settings(path, params)
+    raise CheckpointError(
+        f"{rope.path}: rope scaling of type {kind!r}; only 'default', 'linear' and 'llama3' are supported"
+    )
 
 
-def config_of(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
-    """A model's sizes as `config.json` has them.
+def to_config_json(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of `config.json` for a model of these sizes.
 
     Raises:
-        InputError: the layout has no words for this model's rotary embedding.
+        InputError: the layout can't express this model's rotary embedding.
     """
     scaling: dict[str, Any] | None = None
     if args.use_scaled_rope:
@@ -245,7 +268,7 @@ def config_of(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": dtype_name(dtype),
     }
     return {key: value for key, value in config.items() if value is not None}
 
@@ -257,53 +280,69 @@ def write_hugging_face(
     dtype: torch.dtype,
     shards: int | None,
 ) -> None:
-    """Write a model in Hugging Face's layout, over `shards` files, or files of at most about 5 GB.
+    """Write a model in Hugging Face's layout.
 
     Args:
         folder: an empty folder.
+        args: the model's sizes.
         tensors: every parameter of the network, whole, in the order of `parameter_shapes`.
+        dtype: of the written weights.
+        shards: number of files of weights; None for files of at most about 5 GB.
     """
-    config = config_of(args, dtype)
+    config = to_config_json(args, dtype)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in parameter_shapes(args).items()}
     total = sum(sizes.values())
-    count = shards or -(-total // SHARD_BYTES)
-    stream = iter(tensors)
+    count = shards or -(-total // MAX_SHARD_BYTES)
+    remaining = iter(tensors)
     weight_map: dict[str, str] = {}
-    for i, names in enumerate(even_parts(sizes, count)):
+    for i, names in enumerate(split_evenly(sizes, count)):
         file = WEIGHTS if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-        part = {}
-        with Staging(folder) as scratch:
+        shard = {}
+        with Staging(folder) as staging:
             for name in names:
-                _, tensor = next(stream)
-                if name.endswith(ROTATED):
+                _, tensor = next(remaining)
+                if name.endswith(ROTARY_WEIGHTS):
                     tensor = to_half_split(tensor, args.head_size)
-                part[their_name(name)] = scratch.keep(tensor, dtype)
-            save_file(part, folder / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(part, file)
-            part.clear()
+                shard[name_in_files(name)] = staging.add(tensor, dtype)
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, file)
+            shard.clear()  # before their mappings' files are removed
     if count > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     write_json(folder / CONFIG, config)
 
 
-def their_name(name: str) -> str:
-    """A parameter's name there, from its name in our network."""
+def name_in_files(name: str) -> str:
+    """A parameter's name in Hugging Face's layout, from its name in our network."""
     match = re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", name)
-    return f"{LAYER}{match[1]}.{THEIR_NAMES[match[2]]}.weight" if match else f"{THEIR_NAMES[name[:-7]]}.weight"
+    if match:
+        return f"{LAYER_PREFIX}{match[1]}.{NAMES_IN_FILES[match[2]]}.weight"
+    return f"{NAMES_IN_FILES[name.removesuffix('.weight')]}.weight"
 
 
-def even_parts(sizes: dict[str, int], count: int) -> list[list[str]]:
-    """Names in `count` runs, none of them empty, of about the same size."""
-    names, left = list(sizes), sum(sizes.values())
-    parts: list[list[str]] = []
+def split_evenly(sizes: dict[str, int], count: int) -> list[list[str]]:
+    """Divide a sequence of tensors into shards of about the same size, none of them empty.
+
+    Args:
+        sizes: the name of each tensor -> its size.
+        count: number of shards.
+
+    Returns:
+        The names in each shard, in their order.
+
+    Raises:
+        InputError: there are fewer tensors than shards.
+    """
+    names, bytes_left = list(sizes), sum(sizes.values())
+    shards: list[list[str]] = []
     if count > len(names):
         raise InputError(f"shards={count}: this model has only {len(names)} tensors")
-    for remaining in range(count, 0, -1):
-        part: list[str] = []
+    for shards_left in range(count, 0, -1):
+        shard: list[str] = []
         size = 0
-        while names and (not part or (size < left / remaining and len(names) >= remaining)):
-            part.append(names.pop(0))
-            size += sizes[part[-1]]
-        left -= size
-        parts.append(part)
-    return parts
+        while names and (not shard or (size < bytes_left / shards_left and len(names) >= shards_left)):
+            shard.append(names.pop(0))
+            size += sizes[shard[-1]]
+        bytes_left -= size
+        shards.append(shard)
+    return shards

@@ -1,4 +1,4 @@
-"""From a folder or file to a network with weights: find the layout, check every tensor, read this process's share."""
+"""From a folder or file to a network with weights: recognise the layout, check all tensors, read this rank's slices."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from llama.checkpoint import hugging_face
+from llama.checkpoint.base import Checkpoint, Settings
 from llama.checkpoint.gguf import GGUFCheckpoint
 from llama.checkpoint.hugging_face import HuggingFaceCheckpoint, read_config_json
-from llama.checkpoint.layout import Checkpoint, Settings
-from llama.checkpoint.meta import MetaCheckpoint, read_params_json_alone
+from llama.checkpoint.meta import MetaCheckpoint, read_params_json_without_weights
 from llama.checkpoint.parameters import parameter_shapes, share
 from llama.checkpoint.progress import progress
 from llama.distributed import model_parallel_rank, model_parallel_size
@@ -20,14 +20,15 @@ from llama.model_args import ModelArgs
 
 
 def open_checkpoint(ckpt_dir: str | Path | Checkpoint) -> Checkpoint:
-    """Find out what layout a checkpoint has.
+    """Open a checkpoint of any layout.
 
     Args:
         ckpt_dir: a folder with `*.pth` files and a `params.json` (Meta's layout); one with `config.json` and
-            `*.safetensors` (Hugging Face's); a `*.gguf` file, or a folder with one. Or a checkpoint that is open.
+            `*.safetensors` (Hugging Face's); a `*.gguf` file, or a folder with one. A checkpoint that is already open
+            is returned as it is.
 
     Raises:
-        MissingFileError: nothing there, or no checkpoint in the folder; the message tells what is.
+        MissingFileError: nothing exists there, or no checkpoint is in the folder; the message lists what is.
         CheckpointError: a damaged or hostile file.
     """
     if isinstance(ckpt_dir, Checkpoint):
@@ -53,7 +54,7 @@ def open_checkpoint(ckpt_dir: str | Path | Checkpoint) -> Checkpoint:
 
 
 def _hint(path: Path) -> str:
-    """What may have gone wrong with a folder that holds no whole checkpoint."""
+    """The likely mistake with a folder that holds no complete checkpoint, to add to an error message."""
     if any((path / "original").glob("*.pth")):
         return f". Its folder original/ holds Meta's layout: pass ckpt_dir={str(path / 'original')!r}"
     if any(path.glob("*.pth")):
@@ -66,52 +67,57 @@ def _hint(path: Path) -> str:
 
 
 def read_settings(path: str | Path) -> Settings:
-    """What a checkpoint says of its model, from `params.json` or `config.json` alone: no weights are needed.
+    """A checkpoint's settings; where there is a `params.json` or `config.json`, no weights are needed.
 
     Args:
-        path: one of those files, or a folder with one; else whatever `open_checkpoint` takes.
+        path: one of those files, or a folder with one; otherwise whatever `open_checkpoint` takes.
     """
-    found = require_path(path, "ckpt_dir")
-    for name, read in (("params.json", read_params_json_alone), (hugging_face.CONFIG, read_config_json)):
-        if found.name == name:
-            return read(found)
-        if (found / name).is_file():
-            return read(found / name)
-    return open_checkpoint(found).settings
+    ckpt_path = require_path(path, "ckpt_dir")
+    for name, read in (("params.json", read_params_json_without_weights), (hugging_face.CONFIG, read_config_json)):
+        if ckpt_path.name == name:
+            return read(ckpt_path)
+        if (ckpt_path / name).is_file():
+            return read(ckpt_path / name)
+    return open_checkpoint(ckpt_path).settings
 
 
 def check_tensors(checkpoint: Checkpoint, args: ModelArgs) -> None:
     """Raise CheckpointError listing every tensor that is missing, unexpected, or not of the shape the network needs."""
-    found = checkpoint.shapes()
-    if args.n_layers > len(found):  # and so no list of what they lack
-        raise CheckpointError(f"{checkpoint.path}: {args.n_layers} layers can't lie in {len(found)} tensors")
-    wanted = parameter_shapes(args)
-    wrong = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in found]
-    wrong += [f"unexpected: {name} {shape}" for name, shape in found.items() if name not in wanted]
-    wrong += [
-        f"wrong shape: {name} is {found[name]}, should be {shape}"
-        for name, shape in wanted.items()
-        if found.get(name, shape) != shape
+    actual = checkpoint.shapes()
+    if args.n_layers > len(actual):  # an absurd number of layers would make an endless list
+        raise CheckpointError(f"{checkpoint.path}: {len(actual)} tensors can't hold {args.n_layers} layers")
+    expected = parameter_shapes(args)
+    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in actual]
+    problems += [f"unexpected: {name} {shape}" for name, shape in actual.items() if name not in expected]
+    problems += [
+        f"wrong shape: {name} is {actual[name]}, should be {shape}"
+        for name, shape in expected.items()
+        if actual.get(name, shape) != shape
     ]
-    if wrong:
+    if problems:
         raise CheckpointError(
-            f"{checkpoint.path} doesn't hold the model that its settings describe; {len(wrong)} tensor(s):\n  "
-            + "\n  ".join(wrong)
+            f"{checkpoint.path} doesn't hold the model that its settings describe; {len(problems)} tensor(s):\n  "
+            + "\n  ".join(problems)
         )
 
 
 def load_model(checkpoint: Checkpoint, args: ModelArgs, *, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """Make the network and give it this process's share of the checkpoint's weights, which `check_tensors` has seen.
+    """The network with this process's share of the checkpoint's weights.
 
-    Weights that already have the right dtype and device stay where they are mapped, without a copy.
+    Weights that already have the right dtype and device stay mapped from their file, without a copy.
+
+    Args:
+        checkpoint: one that `check_tensors` has accepted.
+        args: the model's sizes.
+        device, dtype: of the weights.
     """
     rank, size = model_parallel_rank(), model_parallel_size()
-    wanted = parameter_shapes(args)
+    shapes = parameter_shapes(args)
     with torch.device("meta"):
         model = Transformer(args)
     parameters: dict[str, nn.Parameter] = {}
-    for name in progress(wanted, "loading", " tensors"):
-        weight = checkpoint.read(name, *share(name, wanted[name], args, rank, size))
+    for name in progress(shapes, "loading", " tensors"):
+        weight = checkpoint.read(name, *share(name, shapes[name], args, rank, size))
         parameters[name] = nn.Parameter(weight.to(device=device, dtype=dtype).contiguous())
     if args.tie_embeddings:
         parameters["output.weight"] = parameters["tok_embeddings.weight"]

@@ -1,4 +1,4 @@
-"""Meta's layout: `consolidated.NN.pth`, one for each process of whoever saved it, and `params.json`."""
+"""Meta's layout: `params.json`, and a `consolidated.NN.pth` for each of the model-parallel processes that saved it."""
 
 import logging
 import re
@@ -10,165 +10,179 @@ from typing import Any, get_args
 
 import torch
 
-from llama.checkpoint.layout import Checkpoint, Settings
+from llama.checkpoint.base import Checkpoint, Settings
 from llama.checkpoint.parameters import parameter_shapes, share, split_axis
 from llama.checkpoint.staging import Staging
 from llama.errors import CheckpointError
-from llama.files import first_bytes, read_json, refuse_if_unmappable, require_path, write_json
+from llama.files import first_bytes, raise_if_unmappable, read_json, require_path, write_json
 from llama.model_args import ModelArgs, feed_forward_size
 from llama.tokenizer import Tokenizer
 
 logger = logging.getLogger("llama")
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
-ROTARY_TABLE = "rope.freqs"  # in Llama 2's files; it is computed
+ROTARY_TABLE = "rope.freqs"  # in Llama 2's files; our network computes it
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class MetaCheckpoint(Checkpoint):
-    """A folder in Meta's layout. Its weights are mapped, and may be split over any number of files."""
+    """A folder in Meta's layout. Its weights are memory-mapped, and may be split over any number of files."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.settings = read_params_json(folder / "params.json")
-        self.files = sorted(folder.glob("*.pth"))
-        self._parts = [open_pth(file) for file in self.files]
-        for part in self._parts:
-            part.pop(ROTARY_TABLE, None)
-        for file, part in zip(self.files, self._parts, strict=True):
-            odd = set(part) ^ set(self._parts[0])
-            if odd:
-                raise CheckpointError(f"{file} and {self.files[0]} hold different tensors: {sorted(odd)[:8]}")
+        self._files = sorted(folder.glob("*.pth"))
+        self._shards = [open_pth(file) for file in self._files]
+        for shard in self._shards:
+            shard.pop(ROTARY_TABLE, None)
+        for file, shard in zip(self._files, self._shards, strict=True):
+            difference = set(shard) ^ set(self._shards[0])
+            if difference:
+                raise CheckpointError(
+                    f"{file} and {self._files[0]} hold different tensors: {sorted(difference)[:8]} are in only one"
+                )
         params = self.settings.params
-        if params.get("vocab_size", -1) == -1 and EMBEDDING in self._parts[0]:
+        if params.get("vocab_size", -1) == -1 and EMBEDDING in self._shards[0]:
             params["vocab_size"] = next(iter(self._whole_shape(EMBEDDING)), -1)
-        # Meta's files hold a tied embedding twice, and don't say so.
-        if params.setdefault("tie_embeddings", self._output_is_embedding()):
-            for part in self._parts:
-                part.pop(OUTPUT, None)
-        self._names = list(self._parts[0])
+        # Meta's files have a tied embedding twice, and params.json doesn't say that it is tied.
+        if params.setdefault("tie_embeddings", self._output_equals_embedding()):
+            for shard in self._shards:
+                shard.pop(OUTPUT, None)
+        self._names = list(self._shards[0])
 
-    def _output_is_embedding(self) -> bool:
-        def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    def _output_equals_embedding(self) -> bool:
+        def equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
             if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype) or a.dim() != 2:
                 return False
+            # Most models differ in the first row, so that the rest need not be read.
             return a.data_ptr() == b.data_ptr() or (torch.equal(a[:1], b[:1]) and torch.equal(a, b))
 
-        return all(same(part.get(EMBEDDING), part.get(OUTPUT)) for part in self._parts)
+        return all(equal(shard.get(EMBEDDING), shard.get(OUTPUT)) for shard in self._shards)
 
     def _axis(self, name: str) -> int | None:
-        """The axis along which the files split a tensor: Llama 2 splits the embedding along dim, not by words."""
-        if name == EMBEDDING and self._parts[0][name].shape[-1:] != (self.settings.params["dim"],):
+        """The axis that the files split a tensor along. Llama 2's split the embedding along dim, not the vocabulary."""
+        if name == EMBEDDING and self._shards[0][name].shape[-1:] != (self.settings.params["dim"],):
             return 1
         return split_axis(name) if name.endswith(".weight") else None
 
     def _starts(self, name: str) -> list[int]:
-        """Where along `_axis` the slice of each file begins."""
-        part, count = self._parts[0][name], len(self._parts)
+        """Where along `_axis` the slice in each file begins."""
+        shard, count = self._shards[0][name], len(self._shards)
         if name.endswith(("wk.weight", "wv.weight")):
             args = ModelArgs(**self.settings.params)
-            if count > args.kv_heads and part.shape[0] == args.head_size:  # several files hold the same head
-                return [share(name, tuple(part.shape), args, i, count).start for i in range(count)]
-        return [i * part.shape[self._axis(name) or 0] for i in range(count)]
+            if count > args.kv_heads and shard.shape[0] == args.head_size:  # several files hold the same head
+                return [share(name, tuple(shard.shape), args, i, count).start for i in range(count)]
+        return [i * shard.shape[self._axis(name) or 0] for i in range(count)]
 
     def _whole_shape(self, name: str) -> tuple[int, ...]:
-        shape, axis = list(self._parts[0][name].shape), self._axis(name)
+        shape, axis = list(self._shards[0][name].shape), self._axis(name)
         if axis is not None and axis < len(shape):
             shape[axis] += self._starts(name)[-1]
         return tuple(shape)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         for name in self._names:
-            for file, part in zip(self.files, self._parts, strict=True):
-                found, first = tuple(part[name].shape), tuple(self._parts[0][name].shape)
-                if found != first:
-                    raise CheckpointError(f"{name} is {found} in {file}, but {first} in {self.files[0]}")
+            for file, shard in zip(self._files, self._shards, strict=True):
+                shape, first_shape = tuple(shard[name].shape), tuple(self._shards[0][name].shape)
+                if shape != first_shape:
+                    raise CheckpointError(f"{name} is {shape} in {file}, but {first_shape} in {self._files[0]}")
         return {name: self._whole_shape(name) for name in self._names}
 
     def dtypes(self) -> Iterable[torch.dtype]:
-        return (part[name].dtype for part in self._parts for name in self._names)
+        return (shard[name].dtype for shard in self._shards for name in self._names)
 
     def read(self, name: str, axis: int | None, start: int, stop: int) -> torch.Tensor:
-        parts, file_axis = [part[name] for part in self._parts], self._axis(name)
+        tensors, file_axis = [shard[name] for shard in self._shards], self._axis(name)
         if axis is None:
-            return parts[0]
-        if axis != file_axis:  # the wanted slice lies across all files
-            pieces = [part.narrow(axis, start, stop - start) for part in parts]
+            return tensors[0]
+        if axis != file_axis:  # every file holds a part of the slice
+            parts = [tensor.narrow(axis, start, stop - start) for tensor in tensors]
         else:
-            pieces, starts, length = [], self._starts(name), parts[0].shape[axis]
-            while start < stop:  # a piece from each file that the slice touches
+            parts, starts, length = [], self._starts(name), tensors[0].shape[axis]
+            while start < stop:
                 i = next(i for i, first in enumerate(starts) if first <= start < first + length)
                 end = min(stop, starts[i] + length)
-                pieces.append(parts[i].narrow(axis, start - starts[i], end - start))
+                parts.append(tensors[i].narrow(axis, start - starts[i], end - start))
                 start = end
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=file_axis or 0)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=file_axis or 0)
 
     def tokenizer(self) -> Tokenizer:
-        as_json = self.path / "tokenizer.json"  # beside the other where that can't say all there is to say
-        path = as_json if as_json.exists() else self.path / "tokenizer.model"
+        json_path = self.path / "tokenizer.json"  # there if tokenizer.model can't express everything
+        path = json_path if json_path.exists() else self.path / "tokenizer.model"
         return Tokenizer(require_path(path, "tokenizer_path"))
 
 
 def read_params_json(path: Path) -> Settings:
-    """What a `params.json` says."""
-    found = read_json(require_path(path, "params.json"))
-    kinds = {field.name: get_args(field.type) or (field.type,) for field in fields(ModelArgs)}
-    del kinds["max_batch_size"], kinds["max_seq_len"]
-    unknown = sorted(set(found) - set(kinds) - {"max_batch_size", "max_seq_len"})
+    """The settings in a `params.json`.
+
+    Raises:
+        MissingFileError: no such file.
+        CheckpointError: it is damaged, lacks a size, or has a value of the wrong type.
+    """
+    values = read_json(require_path(path, "params.json"))
+    types = {field.name: get_args(field.type) or (field.type,) for field in fields(ModelArgs)}
+    del types["max_batch_size"], types["max_seq_len"]
+    unknown = sorted(set(values) - set(types) - {"max_batch_size", "max_seq_len"})
     if unknown:
         logger.warning("%s: unknown keys, which are ignored: %s", path, ", ".join(unknown))
     for name in ("dim", "n_layers", "n_heads"):
-        if name not in found:
+        if name not in values:
             raise CheckpointError(f"{path} lacks {name!r}")
-    params = {name: value for name, value in found.items() if name in kinds}
+    params = {name: value for name, value in values.items() if name in types}
     for name, value in params.items():
-        if not _is_a(value, kinds[name]):
-            raise CheckpointError(f"{path}: {name} is {value!r:.80}, which is no {name} there can be")
-    return interpret_params(path, params)
+        if not _has_type(value, types[name]):
+            expected = " or ".join(getattr(kind, "__name__", str(kind)) for kind in types[name])
+            raise CheckpointError(f"{path}: {name} is {value!r:.80}, not a valid {expected}")
+    return add_implied_params(path, params)
 
 
-def _is_a(value: Any, kinds: tuple[Any, ...]) -> bool:
-    """Whether a JSON value is of one of the types that `ModelArgs` annotates."""
+def _has_type(value: Any, types: tuple[Any, ...]) -> bool:
+    """Whether a JSON value has one of the types of a `ModelArgs` field, and integers fit into 64 bits."""
     if isinstance(value, bool):
-        return bool in kinds
+        return bool in types
     if isinstance(value, list):
-        return Sequence[float] in kinds and all(_is_a(item, (float,)) for item in value)
+        return Sequence[float] in types and all(_has_type(item, (float,)) for item in value)
     if isinstance(value, int):
-        return (int in kinds or float in kinds) and abs(value) < 2**63
-    return type(value) in kinds
+        return (int in types or float in types) and abs(value) < 2**63
+    return type(value) in types
 
 
-def read_params_json_alone(path: Path) -> Settings:
-    """What a `params.json` says of a model whose weights nobody looks at.
+def read_params_json_without_weights(path: Path) -> Settings:
+    """The settings in a `params.json` whose weights are not at hand.
 
-    Llama 3.2's small models are tied, which their files don't say; with the weights at hand, it shows.
+    The small models of Llama 3.2 have tied embeddings, which only their weights show.
     """
     settings = read_params_json(path)
-    if is_small(settings.params):
+    if is_small_llama_3_2(settings.params):
         settings.params.setdefault("tie_embeddings", True)
     return settings
 
 
-def is_small(params: dict[str, Any]) -> bool:
-    """Whether this is Llama 3.2 1B or 3B, whose `params.json` leaves some things out."""
+def is_small_llama_3_2(params: dict[str, Any]) -> bool:
+    """Whether this is Llama 3.2 1B or 3B, whose `params.json` is incomplete."""
     return bool(params.get("use_scaled_rope")) and (params["dim"], params["n_layers"]) in {(2048, 16), (3072, 28)}
 
 
-def interpret_params(path: Path, params: dict[str, Any]) -> Settings:
-    """Add what the keys that are there, and those that are not, mean by convention."""
-    if "rope_theta" not in params:  # Llama 2, which had only one
+def add_implied_params(path: Path, params: dict[str, Any]) -> Settings:
+    """Settings with what the keys that are present, and those that are missing, imply in Meta's folders."""
+    if "rope_theta" not in params:  # Llama 2
         return Settings(path, {**params, "rope_theta": 10000.0}, advised_seq_len=4096)
-    if params.get("use_scaled_rope"):
-        # The files of Llama 3.2's small models don't say that their factor is not 3.1's.
-        meant: dict[str, Any] = {"rope_scaling_factor": 32.0} if is_small(params) else {}
-        return Settings(path, {**meant, "max_position_embeddings": 131072, **params})
-    if params["rope_theta"] == 500000:
+    if params.get("use_scaled_rope"):  # Llama 3.1 and later
+        # Llama 3.2's small models have another factor than Llama 3.1, which their files don't say.
+        implied: dict[str, Any] = {"rope_scaling_factor": 32.0} if is_small_llama_3_2(params) else {}
+        return Settings(path, {**implied, "max_position_embeddings": 131072, **params})
+    if params["rope_theta"] == 500000:  # Llama 3
         return Settings(path, {"max_position_embeddings": 8192, **params})
-    return Settings(path, params)  # others, such as Code Llama, don't say
+    return Settings(path, params)  # others, such as Code Llama
 
 
 def open_pth(path: Path) -> dict[str, torch.Tensor]:
-    """A `.pth` file's tensors, memory-mapped. Nothing in it is run: a pickle that asks for code is refused."""
+    """The tensors of a `.pth` file, memory-mapped. A pickle that would run code is refused.
+
+    Raises:
+        CheckpointError: not a PyTorch file, a damaged or hostile one, or one that holds something other than tensors.
+        MemoryError: the system refuses to map so large a file.
+    """
     head, size = first_bytes(path), path.stat().st_size
     if not head.startswith(b"PK"):
         raise CheckpointError(
@@ -181,13 +195,13 @@ def open_pth(path: Path) -> dict[str, torch.Tensor]:
                 if member.file_size != member.compress_size or member.header_offset + member.file_size > size:
                     raise ValueError(f"{member.filename} claims {member.file_size} bytes")
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile zip or pickle makes the reader raise
+    except Exception as error:  # a damaged or hostile zip or pickle can make the reader raise anything
         forbidden = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error))
         if forbidden:
             raise CheckpointError(
                 f"{path} would call {forbidden[1]} while it is read, which no file of weights needs: refused, not run"
-            ) from None  # torch's own message tells how to run it
-        refuse_if_unmappable(path, error)
+            ) from None  # torch's own message explains how to run it
+        raise_if_unmappable(path, error)
         raise CheckpointError(
             f"{path} ({size} bytes) is damaged or cut short: download it again ({type(error).__name__}: {error!s:.200})"
         ) from error
@@ -197,42 +211,49 @@ def open_pth(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path} holds something other than named tensors: {type(tensors).__name__}")
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise CheckpointError(f"{path}: {name} is no plain tensor of floating-point numbers, but {tensor.dtype}")
+            raise CheckpointError(f"{path}: {name} is not a dense floating-point tensor, but {tensor.dtype}")
         if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-            raise CheckpointError(f"{path}: {name} is {tuple(tensor.shape)}, more numbers than the file holds of it")
+            raise CheckpointError(f"{path}: {name} has shape {tuple(tensor.shape)}, larger than its data in the file")
     return tensors
 
 
 def write_meta(
     folder: Path, args: ModelArgs, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, shards: int
 ) -> None:
-    """Write a model in Meta's layout, over `shards` files; each holds what one of as many processes would.
+    """Write a model in Meta's layout.
 
     Args:
         folder: an empty folder.
+        args: the model's sizes.
         tensors: every parameter of the network, whole, in the order of `parameter_shapes`.
+        dtype: of the written weights.
+        shards: number of files; each holds what one of as many model-parallel processes would.
     """
     shapes = parameter_shapes(args)
-    parts: list[dict[str, torch.Tensor]] = [{} for _ in range(shards)]
-    with Staging(folder) as scratch:
+    contents: list[dict[str, torch.Tensor]] = [{} for _ in range(shards)]
+    with Staging(folder) as staging:
         for name, tensor in tensors:
-            for i, part in enumerate(parts):
+            for i, content in enumerate(contents):
                 axis, start, stop = share(name, shapes[name], args, i, shards)
-                piece = tensor if axis is None else tensor.narrow(axis, start, stop - start)
-                part[name] = scratch.keep(piece, dtype)
-        for i, part in enumerate(parts):
-            if args.tie_embeddings:  # as Meta's files have it
-                part[OUTPUT] = part[EMBEDDING]
-            torch.save(part, folder / f"consolidated.{i:02d}.pth")
-            part.clear()
-    write_json(folder / "params.json", params_of(args))
+                part = tensor if axis is None else tensor.narrow(axis, start, stop - start)
+                content[name] = staging.add(part, dtype)
+        for i, content in enumerate(contents):
+            if args.tie_embeddings:  # as in Meta's files
+                content[OUTPUT] = content[EMBEDDING]
+            torch.save(content, folder / f"consolidated.{i:02d}.pth")
+            content.clear()  # before their mappings' files are removed
+    write_json(folder / "params.json", to_params_json(args))
 
 
-def params_of(args: ModelArgs) -> dict[str, Any]:
-    """A model's sizes as `params.json` has them: in the reference's own keys, as far as those can express them."""
+def to_params_json(args: ModelArgs) -> dict[str, Any]:
+    """The content of `params.json` for a model of these sizes.
+
+    Where they suffice it has only the reference's keys, so that the reference can load it.
+    """
     names = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps"]
     params: dict[str, Any] = {name: getattr(args, name) for name in names}
-    if args.ffn_dim is not None:  # rounded up to a multiple of itself
+    if args.ffn_dim is not None:
+        # Expressed by the reference's rule: a width of at most ffn_dim, rounded up to a multiple of ffn_dim.
         unrounded = feed_forward_size(4 * args.dim, 1, None)
         params["multiple_of"] = args.ffn_dim
         params["ffn_dim_multiplier"] = min(1.0, args.ffn_dim / unrounded)
@@ -242,16 +263,22 @@ def params_of(args: ModelArgs) -> dict[str, Any]:
         params["use_scaled_rope"] = True
     params = {name: value for name, value in params.items() if value is not None}
 
-    settings = interpret_params(Path("params.json"), params)
-    meant = ModelArgs(**settings.params)
-    ours = ["rope_divisors"]
+    # Our own keys are added only where the ones above, as `read_params_json` would read them, mean something else.
+    settings = add_implied_params(Path("params.json"), params)
+    read_back = ModelArgs(**settings.params)
+    own_keys = ["rope_divisors"]
     if args.max_position_embeddings not in (None, settings.advised_seq_len):
-        ours.append("max_position_embeddings")
+        own_keys.append("max_position_embeddings")
     if args.use_scaled_rope:
-        ours += ["rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len"]
-    params |= {name: getattr(args, name) for name in ours if getattr(args, name) != getattr(meant, name)}
-    if meant.head_size != args.head_size:
+        own_keys += [
+            "rope_scaling_factor",
+            "rope_low_freq_factor",
+            "rope_high_freq_factor",
+            "rope_original_max_seq_len",
+        ]
+    params |= {name: getattr(args, name) for name in own_keys if getattr(args, name) != getattr(read_back, name)}
+    if read_back.head_size != args.head_size:
         params["head_dim"] = args.head_size
-    if meant.ffn_size != args.ffn_size:
+    if read_back.ffn_size != args.ffn_size:
         params["ffn_dim"] = args.ffn_size
     return params

@@ -1,6 +1,6 @@
-"""What a network's parameters are: names, whole shapes, and what each of several processes or files holds of them.
+"""A network's parameters: their names, their shapes, and the slice of each that a process or a file holds.
 
-Every layout and every number of processes goes through these tables.
+Loading and writing use these tables for every layout and every number of processes.
 """
 
 import re
@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 from llama.model_args import ModelArgs
 
-# The axis along which a parameter is split over files and processes; norms are whole in each.
+# The axis along which a parameter is split over files and processes; norms are replicated.
 SPLIT_AXIS = {"tok_embeddings": 0, "output": 0, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0}
 
 
 class Share(NamedTuple):
-    """A part of a parameter: from `start` to `stop` along `axis`. Without an axis, the whole."""
+    """The slice of a parameter from `start` to `stop` along `axis`; the whole parameter if `axis` is None."""
 
     axis: int | None
     start: int
@@ -51,38 +51,49 @@ def parameter_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
 
 
 def share(name: str, shape: tuple[int, ...], args: ModelArgs, rank: int, size: int) -> Share:
-    """What one of `size` model-parallel processes, or files, holds of a parameter of this whole shape."""
+    """The slice of a parameter that one of several model-parallel processes, or files, holds.
+
+    Args:
+        name: the parameter's name.
+        shape: its whole shape.
+        args: the model's sizes.
+        rank: which process or file.
+        size: how many there are.
+    """
     axis = split_axis(name)
     if axis is None:
         return Share(None, 0, 0)
     if name.endswith(("wk.weight", "wv.weight")) and size > args.kv_heads:
-        first = rank * args.kv_heads // size * args.head_size  # several hold the same kv head
+        first = rank * args.kv_heads // size * args.head_size  # several ranks hold the same kv head
         return Share(axis, first, first + args.head_size)
     return Share(axis, rank * shape[axis] // size, (rank + 1) * shape[axis] // size)
 
 
 def parameter_count(args: ModelArgs, size: int = 1) -> int:
-    """How many numbers each of `size` model-parallel processes holds; a tied embedding counts once."""
+    """The number of parameters on each of `size` model-parallel processes; a tied embedding counts once."""
 
     def count(n_layers: int) -> int:
-        numbers = 0
+        total = 0
         for name, shape in parameter_shapes(replace(args, n_layers=n_layers)).items():
             axis, start, stop = share(name, shape, args, 0, size)
-            numbers += prod(shape) if axis is None else prod(shape) // shape[axis] * (stop - start)
-        return numbers
+            total += prod(shape) if axis is None else prod(shape) // shape[axis] * (stop - start)
+        return total
 
-    return count(0) + args.n_layers * (count(1) - count(0))  # every layer is alike
+    return count(0) + args.n_layers * (count(1) - count(0))  # all layers have the same sizes
 
 
-def our_name(name: str, layer: str, table: Mapping[str, str]) -> str:
-    """A tensor's name in our network. One that isn't in the table is put in brackets, and so is unexpected.
+def network_name(name: str, layer_prefix: str, names: Mapping[str, str]) -> str:
+    """A tensor's name in our network, from its name in a file.
 
     Args:
-        name: its name in a file, such as "blk.0.attn_q.weight".
-        layer: what stands before the layer's number there, such as "blk.".
-        table: the names there, without layer and ".weight" -> ours.
+        name: its name in the file, such as "blk.0.attn_q.weight".
+        layer_prefix: what comes before the layer's number there, such as "blk.".
+        names: names in the file, without layer and ".weight" -> names in our network.
+
+    Returns:
+        The name; for a tensor that isn't in the table its own, in brackets, which is no name in our network.
     """
-    match = re.fullmatch(rf"(?:{re.escape(layer)}(\d+)\.)?(.+)\.weight", name)
-    if match is None or match[2] not in table:
+    match = re.fullmatch(rf"(?:{re.escape(layer_prefix)}(\d+)\.)?(.+)\.weight", name)
+    if match is None or match[2] not in names:
         return f"[{name}]"
-    return f"layers.{match[1]}.{table[match[2]]}.weight" if match[1] else f"{table[match[2]]}.weight"
+    return f"layers.{match[1]}.{names[match[2]]}.weight" if match[1] else f"{names[match[2]]}.weight"

@@ -1,4 +1,4 @@
-"""Writing models: from a checkpoint of any layout, or from a network on any number of processes."""
+"""Writing checkpoints: from a network on any number of processes, or from a checkpoint of any layout."""
 
 import errno
 import shutil
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llama.checkpoint.hugging_face import SHARD_BYTES, write_hugging_face
+from llama.checkpoint.hugging_face import MAX_SHARD_BYTES, write_hugging_face
 from llama.checkpoint.meta import write_meta
 from llama.checkpoint.parameters import parameter_count, parameter_shapes, share
 from llama.checkpoint.progress import progress
@@ -19,8 +19,9 @@ from llama.files import new_folder
 from llama.model import Transformer
 from llama.model_args import ModelArgs
 from llama.tokenizer import Tokenizer
-from llama.vocab.tokenizer_json import write_neighbours, write_tokenizer_json
-from llama.vocab.vocabulary import is_llama3, read_tiktoken, write_tiktoken
+from llama.vocab.tiktoken_file import fits_tiktoken_file, read_tiktoken_file, write_tiktoken_file
+from llama.vocab.tokenizer_config import write_tokenizer_config
+from llama.vocab.tokenizer_json import write_tokenizer_json
 
 LAYOUTS = ("meta", "hf")
 
@@ -35,63 +36,68 @@ def save_checkpoint(
 ) -> None:
     """Write a model as a checkpoint that `Llama.build` loads, on any number of processes.
 
-    Every process that holds a part of the model must call this; the first writes. The folder gets its name when all of
-    it is written.
+    Every process that holds a part of the model must call this; the first rank writes. The folder appears when it is
+    complete.
 
     Args:
         folder: a new folder.
-        model: its weights are written in the number format they have.
+        model: its weights are written in their dtype.
         tokenizer: written beside the weights, if given.
         layout: "meta" for Meta's (`consolidated.NN.pth` and `params.json`), "hf" for Hugging Face's (safetensors and
             `config.json`).
-        shards: files of weights; by default 1 in Meta's layout, and files of at most 5 GB in Hugging Face's.
+        shards: number of files of weights; by default 1 in Meta's layout, and files of at most 5 GB in Hugging Face's.
 
     Raises:
-        InputError: an unknown layout, a number of files that the model can't be split over, or a folder that is there.
-        OSError: there is no room, or no permission.
+        InputError: an unknown layout, a number of files that the model can't be split over, or a folder that exists.
+        OSError: not enough disk space, or no permission.
     """
-    args, dtype, tensors = model.params, model.norm.weight.dtype, whole_parameters(model)
+    args, dtype, tensors = model.params, model.norm.weight.dtype, gather_parameters(model)
     failure: BaseException | None = None
     if is_first_rank():
         try:
-            write(folder, layout, args, tensors, dtype, shards, tokenizer)
+            write_checkpoint(folder, layout, args, tensors, dtype, shards, tokenizer)
         except BaseException as error:
             failure = error
-    for _ in tensors:  # what the first process hasn't taken, the others still give; and they take nothing
+    # Every rank must take part in all the gathers: the others in all of them, the first in those it hasn't come to.
+    for _ in tensors:
         pass
     raise_on_all_ranks(failure)
 
 
-def whole_parameters(model: Transformer) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter, put together on the first model-parallel process from what each holds of it."""
+def gather_parameters(model: Transformer) -> Iterator[tuple[str, torch.Tensor]]:
+    """The name of every parameter and, on the first model-parallel rank, the whole parameter, from all ranks' slices.
+
+    Elsewhere the tensors are to be ignored.
+    """
     args, size = model.params, model_parallel_size()
-    held = dict(model.named_parameters())
+    slices = dict(model.named_parameters())
     for name, shape in parameter_shapes(args).items():
-        part = held[name].detach()
+        tensor = slices[name].detach()
         shares = [share(name, shape, args, rank, size) for rank in range(size)]
         axis = shares[0].axis
         if axis is not None and size > 1:
-            parts = gather(part)  # several processes may hold the same
-            kept = [part for i, part in enumerate(parts) if i == 0 or shares[i] != shares[i - 1]]
-            part = torch.cat(kept, dim=axis) if kept else part
-        yield name, part
+            gathered = gather(tensor)  # empty on the other ranks
+            # Several ranks in a row may hold the same kv head.
+            distinct = [part for i, part in enumerate(gathered) if i == 0 or shares[i] != shares[i - 1]]
+            tensor = torch.cat(distinct, dim=axis) if distinct else tensor
+        yield name, tensor
 
 
-def check_target(layout: str, shards: int | None, args: ModelArgs) -> str:
-    """The name of the layout, if a model can be written in it."""
-    found = {"huggingface": "hf"}.get(str(layout).lower().replace("_", "").replace("-", ""), str(layout).lower())
-    if found not in LAYOUTS:
+def check_layout(layout: str, shards: int | None, args: ModelArgs) -> str:
+    """The layout's name as in `LAYOUTS`; InputError if it is unknown, or the model can't be split over the shards."""
+    name = {"huggingface": "hf"}.get(str(layout).lower().replace("_", "").replace("-", ""), str(layout).lower())
+    if name not in LAYOUTS:
         raise InputError(f"layout={layout!r} must be one of {list(LAYOUTS)}")
     if shards is not None and (not isinstance(shards, int) or isinstance(shards, bool) or shards < 1):
         raise InputError(f"shards={shards!r} must be a whole number of at least 1")
     try:
-        args.check(shards if shards and found == "meta" else 1)
+        args.check(shards if shards and name == "meta" else 1)
     except InputError as error:
         raise InputError(f"shards={shards}: {error}") from error
-    return found
+    return name
 
 
-def write(
+def write_checkpoint(
     folder: str | Path,
     layout: str,
     args: ModelArgs,
@@ -100,50 +106,64 @@ def write(
     shards: int | None,
     tokenizer: Tokenizer | None,
 ) -> None:
-    """Write a checkpoint whole, or not at all.
+    """Write a complete checkpoint, or nothing.
 
     Args:
+        folder, layout, shards, tokenizer: see `save_checkpoint`.
+        args: the model's sizes.
         tensors: every parameter of the network, whole, in the order of `parameter_shapes`; taken one at a time.
+        dtype: of the written weights.
 
     Raises:
-        InputError, OSError: as `save_checkpoint` says.
+        InputError, OSError: see `save_checkpoint`.
     """
-    if tokenizer is not None and str(layout).lower() == "meta":  # where vocabularies agree
+    if tokenizer is not None and str(layout).lower() == "meta":  # the layout has no padded embeddings
         args = replace(args, vocab_size=args.vocab_size - tokenizer.n_padding)
-    layout = check_target(layout, shards, args)
-    with new_folder(folder) as scratch:
-        total = parameter_count(args) * dtype.itemsize
-        # Besides, the tensors of all files (of one file, in Hugging Face's layout) wait in files of their own.
-        needed = total + (total if layout == "meta" else total // (shards or max(1, total // SHARD_BYTES)))
-        free = shutil.disk_usage(scratch).free
-        if needed > free:
-            message = f"writing takes {needed / 1e9:.1f} GB, and only {free / 1e9:.1f} GB are free"
-            raise OSError(errno.ENOSPC, message, str(folder))
+    layout = check_layout(layout, shards, args)
+    with new_folder(folder) as temporary:
+        check_disk_space(folder, temporary, layout, parameter_count(args) * dtype.itemsize, shards)
         shown = progress(tensors, "writing", " tensors", total=len(parameter_shapes(args)))
         if layout == "meta":
-            write_meta(scratch, args, shown, dtype, shards or 1)
+            write_meta(temporary, args, shown, dtype, shards or 1)
         else:
-            write_hugging_face(scratch, args, shown, dtype, shards)
+            write_hugging_face(temporary, args, shown, dtype, shards)
         if tokenizer is not None:
-            write_tokenizer(scratch, layout, tokenizer)
+            write_tokenizer(temporary, layout, tokenizer)
+
+
+def check_disk_space(folder: str | Path, temporary: Path, layout: str, weight_bytes: int, shards: int | None) -> None:
+    """Raise OSError if there is less free disk space than writing takes.
+
+    Args:
+        folder: the folder to write, for the error message.
+        temporary: the folder that is written to.
+        layout, shards: see `save_checkpoint`.
+        weight_bytes: of all files of weights.
+    """
+    # Staged tensors need space too: those of all files, or in Hugging Face's layout those of one.
+    files = 1 if layout == "meta" else shards or max(1, weight_bytes // MAX_SHARD_BYTES)
+    needed, free = weight_bytes + weight_bytes // files, shutil.disk_usage(temporary).free
+    if needed > free:
+        message = f"writing takes {needed / 1e9:.1f} GB, and only {free / 1e9:.1f} GB are free"
+        raise OSError(errno.ENOSPC, message, str(folder))
 
 
 def write_tokenizer(folder: Path, layout: str, tokenizer: Tokenizer) -> None:
-    """Write a tokenizer in the form that readers of the layout look for."""
+    """Write a tokenizer in the form that programs look for in a folder of this layout."""
     vocabulary = tokenizer.vocabulary
     if vocabulary is None:
-        pieces: Any = tokenizer.model
-        (folder / "tokenizer.model").write_bytes(pieces.serialized_model_proto())
+        model: Any = tokenizer.model
+        (folder / "tokenizer.model").write_bytes(model.serialized_model_proto())
         if layout == "hf":
-            names = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id(), "unk_token": pieces.unk_id()}
-            config = {key: pieces.id_to_piece(i) for key, i in names.items() if i >= 0}
+            ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
+            config = {key: model.id_to_piece(i) for key, i in ids.items() if i >= 0}
             config |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": tokenizer.add_bos, "legacy": True}
-            write_neighbours(folder, config, tokenizer.bos_id, tokenizer.stop_tokens)
+            write_tokenizer_config(folder, config, tokenizer.bos_id, tokenizer.stop_tokens)
         return
-    said = False
-    if layout == "meta" and is_llama3(vocabulary):
-        write_tiktoken(folder / "tokenizer.model", vocabulary)
-        plain = read_tiktoken(folder / "tokenizer.model")
-        said = (plain.stop_tokens, plain.add_bos) == (vocabulary.stop_tokens, vocabulary.add_bos)
-    if not said:
+    complete = False
+    if layout == "meta" and fits_tiktoken_file(vocabulary):
+        write_tiktoken_file(folder / "tokenizer.model", vocabulary)
+        read_back = read_tiktoken_file(folder / "tokenizer.model")
+        complete = (read_back.stop_tokens, read_back.add_bos) == (vocabulary.stop_tokens, vocabulary.add_bos)
+    if not complete:
         write_tokenizer_json(folder, vocabulary)

@@ -1,4 +1,4 @@
-"""Tensors that wait in files until they are written together, so that a model larger than memory can be."""
+"""A staging area on disk for tensors that are saved together, so that they need not fit into memory."""
 
 import shutil
 from pathlib import Path
@@ -8,14 +8,19 @@ import torch
 
 
 class Staging:
-    """Keeps copies of tensors in files, mapped into memory, until the block it is opened for ends.
+    """A context manager that stages tensors in memory-mapped files.
+
+    A file of weights is written in one go from all of its tensors, while the tensors come one at a time. Each is
+    copied into a file of its own, and `add` returns that file mapped into memory, so that the operating system can drop
+    it from memory until it is saved. At the end of the block the staged files are removed; their tensors must not be
+    used any more.
 
     Args:
-        folder: where there is room for them, in a subfolder.
+        folder: an existing folder on a disk with enough space; the files are put into a subfolder of it.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder / ".scratch"
+        self.folder = folder / ".staging"
         self.count = 0
 
     def __enter__(self) -> "Staging":
@@ -27,11 +32,11 @@ class Staging:
     ) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def keep(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """A copy of a tensor, in this number format."""
+    def add(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A copy of a tensor, in this dtype and mapped from a file."""
         self.count += 1
         file = self.folder / str(self.count)
-        whole = tensor.to(device="cpu", dtype=dtype).contiguous()
-        # Written before it is mapped: a disk that fills up under a mapping kills the process.
-        file.write_bytes(whole.view(-1).view(torch.uint8).numpy().data)
-        return torch.from_file(str(file), shared=True, size=whole.numel(), dtype=dtype).view(whole.shape)
+        converted = tensor.to(device="cpu", dtype=dtype).contiguous()
+        # Written and then mapped, not written through the mapping: a full disk would kill the process there.
+        file.write_bytes(converted.view(-1).view(torch.uint8).numpy().data)
+        return torch.from_file(str(file), shared=True, size=converted.numel(), dtype=dtype).view(converted.shape)

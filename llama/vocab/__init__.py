@@ -1,32 +1,41 @@
-"""Tokenizer files of every kind: one reader each, and the two engines that encode and decode with what they hold."""
+"""Tokenizer files: a reader for each kind, and the two tokenizers that work with what was read.
+
+Byte-pair vocabularies of every kind of file become a `Vocabulary`, with which `BytePairTokenizer` works by tiktoken;
+Llama 2's `tokenizer.model` is read by sentencepiece itself, in `SentencePieceTokenizer`.
+"""
 
 from pathlib import Path
 
 from llama.files import first_bytes, require_path
 from llama.gguf_file import GGUFFile
-from llama.vocab.byte_pairs import BytePairs
-from llama.vocab.sentence_pieces import SentencePieces
+from llama.vocab.byte_pair_tokenizer import BytePairTokenizer
+from llama.vocab.gguf_vocabulary import read_gguf_vocabulary
+from llama.vocab.sentencepiece_tokenizer import SentencePieceTokenizer
+from llama.vocab.tiktoken_file import is_tiktoken_file, read_tiktoken_file
 from llama.vocab.tokenizer_json import read_tokenizer_json
-from llama.vocab.vocabulary import Vocabulary, is_tiktoken, read_gguf, read_tiktoken
+from llama.vocab.vocabulary import Vocabulary
 
-__all__ = ["BytePairs", "SentencePieces", "Vocabulary", "open_vocabulary"]
+__all__ = ["BytePairTokenizer", "SentencePieceTokenizer", "Vocabulary", "open_vocabulary"]
 
 
-def open_vocabulary(model_path: str | Path | GGUFFile) -> BytePairs | SentencePieces:
-    """The engine for a tokenizer file, told apart by its first bytes.
+def open_vocabulary(model_path: str | Path | GGUFFile) -> BytePairTokenizer | SentencePieceTokenizer:
+    """The tokenizer in a file, whose kind is recognised by its first bytes.
+
+    Args:
+        model_path: a `tokenizer.model` of Llama 3 or Llama 2, a `tokenizer.json`, or a GGUF file, which may be open.
 
     Raises:
         MissingFileError: no such file.
         CheckpointError: not a tokenizer, or a damaged one.
     """
     if isinstance(model_path, GGUFFile):
-        return BytePairs(read_gguf(model_path), model_path.path)
+        return BytePairTokenizer(read_gguf_vocabulary(model_path), model_path.path)
     path = require_path(model_path, "tokenizer_path")
     head = first_bytes(path)
     if head.startswith(b"GGUF"):
-        return BytePairs(read_gguf(GGUFFile(path)), path)
+        return BytePairTokenizer(read_gguf_vocabulary(GGUFFile(path)), path)
     if head.lstrip().startswith(b"{"):
-        return BytePairs(read_tokenizer_json(path), path)
-    if is_tiktoken(head):
-        return BytePairs(read_tiktoken(path), path)
-    return SentencePieces(path)
+        return BytePairTokenizer(read_tokenizer_json(path), path)
+    if is_tiktoken_file(head):
+        return BytePairTokenizer(read_tiktoken_file(path), path)
+    return SentencePieceTokenizer(path)

@@ -9,8 +9,12 @@ from sentencepiece import SentencePieceProcessor
 from llama.errors import CheckpointError, InputError
 
 
-class SentencePieces:
-    """Llama 2's sentencepiece model."""
+class SentencePieceTokenizer:
+    """A sentencepiece model, with the interface of `BytePairTokenizer`.
+
+    Raises:
+        CheckpointError: not a sentencepiece model, or a damaged one.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
@@ -31,14 +35,19 @@ class SentencePieces:
     def encode(
         self, text: str, allowed: Literal["all"] | Collection[str], disallowed: Literal["all"] | Collection[str]
     ) -> list[int]:
+        """Token ids of a text; `allowed` and `disallowed` must be empty, since sentencepiece has no such notion."""
         if allowed or disallowed:
             raise InputError("allowed_special and disallowed_special don't apply to a sentencepiece vocabulary")
-        return self.model.encode(text)
+        ids: list[int] = self.model.encode(text)
+        return ids
 
     def decode(self, ids: list[int]) -> str:
-        return self.model.decode(ids)
+        """The text of token ids."""
+        text: str = self.model.decode(ids)
+        return text
 
     def token_bytes(self, token: int) -> bytes:
+        """The bytes that one token stands for; of a control token, its name."""
         piece: str = self.model.id_to_piece(token)
         if self.model.is_byte(token):  # "<0x0A>"
             return bytes([int(piece[3:5], 16)])

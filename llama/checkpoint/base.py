@@ -1,0 +1,111 @@
+"""The interface of a checkpoint, common to all layouts on disk."""
+
+import functools
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama.errors import CheckpointError, InputError
+from llama.model_args import ModelArgs
+from llama.tokenizer import Tokenizer
+
+logger = logging.getLogger("llama")
+
+
+@dataclass
+class Settings:
+    """A checkpoint's configuration: everything it says of its model apart from the weights.
+
+    Attributes:
+        path: the folder or file, for error messages.
+        params: `ModelArgs` fields, as far as the checkpoint gives them.
+        advised_seq_len: the context length the model was trained for, where a longer one gets a warning. (Where it is
+            an error, the limit is in `params`, as `max_position_embeddings`.)
+    """
+
+    path: Path
+    params: dict[str, Any]
+    advised_seq_len: int | None = None
+
+    def model_args(self, vocab_size: int, max_seq_len: int, max_batch_size: int) -> ModelArgs:
+        """The model's sizes, completed by those of its tokenizer and its KV cache.
+
+        Args:
+            vocab_size: the tokenizer's number of tokens.
+            max_seq_len: positions of the cache.
+            max_batch_size: rows of the cache.
+
+        Raises:
+            InputError: the tokenizer has another number of tokens, or the cache is too long for the model.
+            CheckpointError: the sizes in the files are not those of a possible network.
+        """
+        args = ModelArgs(**self.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+        if args.vocab_size == -1:
+            args.vocab_size = vocab_size
+        if args.vocab_size != vocab_size:
+            raise InputError(
+                f"the model in {self.path} has vocab_size={args.vocab_size}, but its tokenizer has {vocab_size} "
+                f"tokens: pass the tokenizer_path that belongs to this model"
+            )
+        try:
+            args.check()
+        except InputError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+        limit = args.max_position_embeddings
+        if limit is not None and max_seq_len > limit:
+            raise InputError(f"max_seq_len={max_seq_len} is over this model's limit of {limit}")
+        if self.advised_seq_len is not None and max_seq_len > self.advised_seq_len:
+            logger.warning(
+                "max_seq_len=%d: this model was trained for at most %d tokens; its answers get worse beyond that",
+                max_seq_len,
+                self.advised_seq_len,
+            )
+        return args
+
+
+class Checkpoint(ABC):
+    """A model on disk: its settings, and its tensors by their names in our network, whole or a slice at a time.
+
+    Attributes:
+        path: the folder or file.
+        settings: its configuration.
+    """
+
+    path: Path
+    settings: Settings
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The whole (unsplit) shape of every tensor of the checkpoint, by name."""
+
+    @abstractmethod
+    def dtypes(self) -> Iterable[torch.dtype]:
+        """The dtype of every tensor, as `read` returns it."""
+
+    def dtype(self) -> torch.dtype:
+        """The smallest dtype that represents every tensor exactly."""
+        return functools.reduce(torch.promote_types, self.dtypes())
+
+    @abstractmethod
+    def read(self, name: str, axis: int | None, start: int, stop: int) -> torch.Tensor:
+        """A slice of a tensor.
+
+        Args:
+            name: its name in our network.
+            axis: the axis that is sliced; None for the whole tensor, as for those that are never split.
+            start, stop: the slice.
+        """
+
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that comes with the model.
+
+        Raises:
+            MissingFileError: there is none.
+            CheckpointError: it is damaged, or of a kind that isn't supported.
+        """

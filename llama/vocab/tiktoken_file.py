@@ -1,0 +1,85 @@
+"""Llama 3's `tokenizer.model`: a line for each token, with its bytes in base64 and its rank."""
+
+import base64
+import binascii
+import re
+from pathlib import Path
+
+from llama.errors import CheckpointError
+from llama.vocab.vocabulary import LLAMA3_PATTERN, Vocabulary
+
+# The file doesn't list them: they follow its ranks, in this order.
+LLAMA3_SPECIAL_TOKENS = [
+    f"<|{name}|>"
+    for name in (
+        "begin_of_text",
+        "end_of_text",
+        *(f"reserved_special_token_{i}" for i in range(4)),
+        "start_header_id",
+        "end_header_id",
+        "reserved_special_token_4",
+        "eot_id",
+        *(f"reserved_special_token_{i}" for i in range(5, 251)),
+    )
+]
+
+
+def is_tiktoken_file(head: bytes) -> bool:
+    """Whether a file that begins with `head` consists of base64 tokens and ranks."""
+    return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", head) is not None
+
+
+def read_tiktoken_file(path: Path) -> Vocabulary:
+    """The vocabulary in a `tokenizer.model` of Llama 3's kind, with Llama 3's special tokens and pattern.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise CheckpointError(
+                f"{path}, line {number}: expected a base64 token and a rank, not {line!r:.80}"
+            ) from error
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise CheckpointError(f"{path}: the ranks are not 0 to {len(ranks) - 1}, each once: the file is damaged or cut")
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise CheckpointError(f"{path} has no token for the byte(s) {missing[:8]}: the file is damaged or cut")
+
+    special = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL_TOKENS)}
+    return Vocabulary(
+        ranks,
+        special,
+        LLAMA3_PATTERN,
+        bos_id=special["<|begin_of_text|>"],
+        eos_id=special["<|end_of_text|>"],
+        stop_tokens={special["<|end_of_text|>"], special["<|eot_id|>"]},
+    )
+
+
+def write_tiktoken_file(path: Path, vocabulary: Vocabulary) -> None:
+    """Write a vocabulary that `fits_tiktoken_file` as a `tokenizer.model`."""
+    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in vocabulary.ranks.items())
+    path.write_bytes(b"".join(lines))
+
+
+def fits_tiktoken_file(vocabulary: Vocabulary) -> bool:
+    """Whether a `tokenizer.model` of Llama 3's kind can express this vocabulary.
+
+    Only the special tokens of Llama 3's prompts must have their ids: other files have names for some tokens that are
+    reserved there, such as `<|eom_id|>` and `<|python_tag|>`.
+    """
+    n, special = len(vocabulary.ranks), vocabulary.special_tokens
+    used = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    return (
+        vocabulary.pattern == LLAMA3_PATTERN
+        and sorted(vocabulary.ranks.values()) == list(range(n))
+        and sorted(special.values()) == list(range(n, n + len(LLAMA3_SPECIAL_TOKENS)))
+        and all(special.get(name) == n + LLAMA3_SPECIAL_TOKENS.index(name) for name in used)
+    )
