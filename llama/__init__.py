@@ -1,10 +1,11 @@
 """A faithful, readable reference implementation of Llama 2 and Llama 3 text generation in PyTorch.
 
-To learn how Llama works, read `model` (the network), `tokenizer` and `chat` (text to ids), `sampling` (logits to the
-next id), `decoding` (the decode loop) and `generation` (what lies on it), in this order.
+To learn how Llama works, read in this order: `model` (the network), `tokenizer` and `chat_format` (text and dialogs to
+ids), `sampling` (logits to the next token), `decoding` (the decode loop), and `generation` (text in, text out).
 """
 
-from llama.chat_format import ChatFormat, Dialog, Message, Role
+from llama.chat_format import ChatFormat
+from llama.dialog import Dialog, Message, Role
 from llama.generation import ChatPrediction, CompletionPrediction, Llama
 from llama.model import Transformer
 from llama.model_args import ModelArgs

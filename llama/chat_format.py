@@ -5,23 +5,13 @@ turn of its own.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol, TypedDict, get_args
+from typing import NamedTuple
 
+from llama.dialog import Dialog, Message, Role, check_dialog
 from llama.errors import InputError
 from llama.protocols import TextTokenizer
 
-Role = Literal["system", "user", "assistant"]
-
-
-class Message(TypedDict):
-    """One turn: who speaks, and what."""
-
-    role: Role
-    content: str
-
-
-Dialog = Sequence[Message]
+__all__ = ["ChatFormat", "Dialog", "Message", "Role", "Segment", "check_dialog", "encode_continued"]
 
 
 class Segment(NamedTuple):
@@ -29,12 +19,6 @@ class Segment(NamedTuple):
 
     tokens: list[int]
     from_assistant: bool
-
-
-class DialogFormat(Protocol):
-    """What `Llama` needs of a chat format. Its method `refusal` is asked, too, if it has one."""
-
-    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]: ...
 
 
 class ChatFormat:
@@ -87,11 +71,7 @@ class ChatFormat:
         raise NotImplementedError(f"{type(self).__name__} has no encode_dialog_prompt")
 
     def encode_turns(self, dialog: Dialog) -> list[Segment]:
-        """The tokens of a whole dialog to learn from. What stands before the first segment from the assistant is what
-        `encode_dialog_prompt` gives for the dialog so far.
-
-        Raises: see `encode_dialog_prompt`.
-        """
+        """The tokens of a whole dialog, to learn from; before each answer stand those of the prompt so far."""
         raise NotImplementedError(f"{type(self).__name__} has no encode_turns, which training needs")
 
     def refusal(self, dialog: Dialog) -> str | None:
@@ -241,16 +221,3 @@ def encode_continued(
     if together[: len(tokens)] == tokens:
         return tokens, together[len(tokens) :]
     return tokens, tokenizer.encode(continuation, bos=False, eos=False)
-
-
-def check_dialog(dialog: Dialog) -> None:
-    """Raise InputError if `dialog` is no list of messages with known roles and text."""
-    if isinstance(dialog, str | Mapping) or not isinstance(dialog, Sequence):
-        raise InputError(f"a dialog is a list of messages, not {dialog!r:.80}; chat_completion takes a list of dialogs")
-    if not dialog:
-        raise InputError("an empty dialog: it needs at least one message")
-    for number, message in enumerate(dialog):
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str) or "role" not in message:
-            raise InputError(f"message {number}, {message!r:.80}, must be {{'role': …, 'content': text}}")
-        if message["role"] not in get_args(Role):
-            raise InputError(f"message {number}: unknown role {message['role']!r}; known: {list(get_args(Role))}")

@@ -6,7 +6,6 @@ Whoever consumes `decode` decides which rows have finished, and makes text: see 
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 
@@ -18,13 +17,6 @@ from llama.sampling import token_logprobs
 MAX_LOGITS = 2**25  # prompts are scored in blocks of positions with at most about this many logits (128 MB)
 
 
-class Prefill(NamedTuple):
-    """What `prefill` returns."""
-
-    logits: torch.Tensor  # of the token after each prompt, (batch, vocab_size) float32
-    logprobs: list[list[float]]  # of the prompts' own tokens, if asked for
-
-
 @torch.inference_mode()
 def prefill(
     model: LanguageModel,
@@ -32,7 +24,7 @@ def prefill(
     start_pos: int = 0,
     max_new_tokens: int = 0,
     logprobs: bool = False,
-) -> Prefill:
+) -> tuple[torch.Tensor, list[list[float]]]:
     """Pass all prompts through the network at once, and so into its cache.
 
     Args:
@@ -40,6 +32,9 @@ def prefill(
         start_pos: this many tokens of each prompt are in the cache already.
         max_new_tokens: how many tokens will follow at most.
         logprobs: also score the prompts' own tokens.
+
+    Returns:
+        The logits of the token after each prompt, (batch, vocab_size) float32; and the logprobs of the prompts' tokens.
     """
     longest = max(map(len, prompts))
     # Shorter rows are padded on the right, where none of their own tokens looks. The keys and values of the padding are
@@ -59,9 +54,9 @@ def prefill(
     last_hidden = hidden.flatten(0, 1).index_select(0, torch.tensor(last, dtype=torch.long, device=hidden.device))
     logits = head(last_hidden)  # (batch, vocab_size)
     if not logprobs:
-        return Prefill(logits, [])
+        return logits, []
     tokens, block = tokens.to(hidden.device), max(1, MAX_LOGITS // logits.shape[-1])
-    return Prefill(logits, [score(tokens[i, : len(p)], hidden[i], head, block) for i, p in enumerate(prompts)])
+    return logits, [score(tokens[i, : len(p)], hidden[i], head, block) for i, p in enumerate(prompts)]
 
 
 def score(

@@ -18,12 +18,13 @@ from typing_extensions import Unpack
 
 from llama import distributed
 from llama.batch import complete, stream
-from llama.chat_format import ChatFormat, Dialog, DialogFormat, Message, Role
+from llama.chat_format import ChatFormat
 from llama.checkpoint import Checkpoint, check_tensors, load_model, open_checkpoint
 from llama.checkpoint.memory import explain_out_of_memory, report
 from llama.device import default_dtype
+from llama.dialog import Dialog, Message, Role
 from llama.errors import InputError
-from llama.protocols import LanguageModel, TextTokenizer
+from llama.protocols import DialogFormat, LanguageModel, TextTokenizer
 from llama.sampling import sample_top_p
 from llama.sampling_params import SamplingOptions, SamplingParams, check_number
 from llama.streaming import Piece
@@ -53,8 +54,8 @@ class ChatPrediction(Details):
 class Llama:
     """A network and its tokenizer, ready to generate. `Llama.build` makes one from files.
 
-    A model works on one call at a time: calls from several threads wait for each other. A stream is produced by a
-    thread of its own, so that a consumer may be slow, or on any thread, or gone.
+    Calls from several threads wait for each other, since the model has one cache. A stream is produced by a thread of
+    its own, so its consumer may be slow, on any thread, or gone.
 
     Args:
         model: a `Transformer`, or a network of your own: see `llama.protocols.LanguageModel`.
@@ -65,8 +66,7 @@ class Llama:
     def __init__(
         self, model: LanguageModel, tokenizer: TextTokenizer, *, formatter: DialogFormat | None = None
     ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer = model, tokenizer
         if formatter is not None:
             self.formatter = formatter
 
@@ -150,9 +150,8 @@ class Llama:
             logprobs: also return the natural log of each returned token's probability, whatever the temperature.
             echo: return the prompt before the new tokens. With `max_gen_len=0` and `logprobs` this scores a text; its
                 first token, which nothing stands before, gets 0.0.
-            options: see `llama.sampling_params.SamplingOptions`. Of several answers to a prompt, those to the first
-                prompt come first; those of beam search are sorted, the best first. A stop string ends an answer before
-                the first token that is all part of it.
+            options: see `llama.sampling_params.SamplingOptions`. All answers to the first prompt come first, those of
+                beam search best first. A stop string ends an answer before the first token that is all part of it.
 
         Returns:
             The ids of each row, up to and without its first stop token, and their logprobs, or None.
@@ -201,10 +200,8 @@ class Llama:
             temperature, top_p, logprobs, echo, options: see `generate`.
 
         Returns:
-            A prediction for each prompt, in order; with `num_return_sequences`, all of the first prompt's, then all of
-            the second's, and so on.
-
-        Raises: see `generate`.
+            A prediction for each prompt; with `num_return_sequences`, all of the first prompt's, then all of the
+            second's, and so on.
         """
         params = SamplingParams(self._max_gen_len(max_gen_len), temperature, top_p, logprobs, echo, **options)
         return self._predict(self._encode(prompts), params)
@@ -221,8 +218,8 @@ class Llama:
         """What `text_completion` returns, piece by piece.
 
         Yields:
-            Pieces whose `text`, joined row by row, is the prediction's. Text comes as soon as it is certain: no half
-            characters, and no beginnings of stop strings. The rest is as in `generate_stream`.
+            Pieces as in `generate_stream`, whose `text`, joined row by row, is the prediction's. It comes as soon as it
+            is certain: no half characters, and no beginnings of stop strings.
         """
         params = SamplingParams(self._max_gen_len(max_gen_len), temperature, top_p, logprobs, **options)
         return stream(self.model, self.tokenizer, self._encode(prompts), params, text=True)
@@ -241,15 +238,14 @@ class Llama:
         Args:
             dialogs: a list of dialogs, each a list of messages `{"role": …, "content": …}`. One that the chat format
                 refuses gets its refusal as the content; tokens and logprobs are those of the model all the same.
-            max_gen_len: at most this many new tokens; None for as many as fit into `max_seq_len`.
-            temperature, top_p, logprobs, options: see `generate`. With `reuse_cache=True`, a dialog that continues the
-                last call's costs only its new tokens.
+            temperature, top_p, max_gen_len, logprobs, options: see `text_completion`. With `reuse_cache=True`, a dialog
+                that continues the last call's costs only its new tokens.
 
         Returns:
             A prediction for each dialog, in the order of `text_completion`.
 
         Raises:
-            InputError: an argument out of range, an unknown role, or an order of roles the chat format doesn't know.
+            InputError: as `generate`; or an unknown role, or an order of roles the chat format can't express.
         """
         params = SamplingParams(self._max_gen_len(max_gen_len), temperature, top_p, logprobs, **options)
         prompt_tokens, refusals = self._encode_dialogs(dialogs)

@@ -33,7 +33,7 @@ class KVCache:
             here. Empty whenever that isn't known.
     """
 
-    def __init__(self, *shape: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, shape: tuple[int, int, int, int, int], *, device: torch.device, dtype: torch.dtype) -> None:
         with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
             # Zeros, since a masked position has weight 0, and 0 times a NaN that happens to lie there would be NaN.
             self.keys = torch.zeros(shape, device=device, dtype=dtype)

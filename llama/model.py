@@ -3,9 +3,8 @@
     tokens -> tok_embeddings -> n_layers x [attention, feed_forward] -> norm -> output -> logits
 
 Dimensions in comments: `batch` rows, `seq` tokens of this call, `end` positions that can be attended to (the cache's
-and this call's), `dim` features, `n_heads` query heads, `n_kv_heads` key/value heads, `head_dim` features a head. Under
-tensor parallelism a process holds its share of the heads, the feed-forward width and the vocabulary; the `n_local_`
-counts are that share.
+and this call's), `dim` features, `n_heads` query heads, `n_kv_heads` key/value heads, `head_dim` features a head.
+`n_local_` counts are this process's share under tensor parallelism.
 
 Sources: Llama 2 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783).
 """
@@ -277,14 +276,9 @@ class Transformer(nn.Module):
         cache, weight, args = self.cache, self.norm.weight, self.params
         if cache is None or (cache.keys.device, cache.keys.dtype) != (weight.device, weight.dtype):
             cache = self.cache = None  # frees its memory before new memory is taken
-            sizes = (
-                args.n_layers,
-                args.max_batch_size,
-                local_kv_heads(args.kv_heads),
-                args.max_seq_len,
-                args.head_size,
-            )
-            cache = self.cache = KVCache(*sizes, device=weight.device, dtype=weight.dtype)
+            kv_heads = local_kv_heads(args.kv_heads)
+            shape = (args.n_layers, args.max_batch_size, kv_heads, args.max_seq_len, args.head_size)
+            cache = self.cache = KVCache(shape, device=weight.device, dtype=weight.dtype)
         return cache
 
     def _hidden_states(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None) -> torch.Tensor:
@@ -307,9 +301,7 @@ class Transformer(nn.Module):
         first = last = 0 if start_pos is None else start_pos
         if isinstance(start_pos, torch.Tensor):
             if start_pos.shape != (batch,):
-                raise InputError(
-                    f"start_pos must be one position for each of {batch} rows, not {tuple(start_pos.shape)}"
-                )
+                raise InputError(f"start_pos must have shape ({batch},), not {tuple(start_pos.shape)}")
             first, last = int(start_pos.min()), int(start_pos.max())
         if first < 0:
             raise InputError(f"start_pos={first} must be at least 0")

@@ -1,12 +1,13 @@
-"""What `Llama` needs of a network and of a tokenizer: anything with these methods will do.
+"""What `Llama` needs of a network, of a tokenizer and of a chat format: anything with these methods will do.
 
-`Transformer` and `Tokenizer` have them; so may a network of your own. What it needs of a chat format is in
-`llama.chat_format.DialogFormat`.
+`Transformer`, `Tokenizer` and `ChatFormat` have them; so may a network of your own.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from llama.dialog import Dialog
 
 if TYPE_CHECKING:  # a tokenizer needs no torch
     import torch
@@ -76,3 +77,12 @@ class TextTokenizer(Protocol):
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]: ...
 
     def decode(self, t: list[int]) -> str: ...
+
+
+class DialogFormat(Protocol):
+    """Turns a dialog into the prompt that asks for the assistant's next message.
+
+    If it has a method `refusal`, that is asked what to answer in the model's place, or None.
+    """
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]: ...

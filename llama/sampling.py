@@ -20,8 +20,8 @@ def sample(
         top_k: sample from this many of the likeliest tokens; None for all.
 
     Returns:
-        (batch) ids; -1 for a row that holds NaN or infinity, or nothing above minus infinity. (No exception, since to
-        raise one the host would have to wait for the device.)
+        (batch) ids; -1 for a row that holds NaN or infinity, or nothing above minus infinity (since to raise an
+        exception the host would have to wait for the device).
     """
     finite = logits.amax(dim=-1).isfinite()  # (batch); NaN counts as the greatest of all
     if temperature == 0 or top_k == 1:

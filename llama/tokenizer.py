@@ -4,7 +4,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
-from llama.chat_format import ChatFormat, Dialog, Message, Role
+from llama.chat_format import ChatFormat
+from llama.dialog import Dialog, Message, Role
 from llama.errors import InputError
 from llama.gguf_file import GGUFFile
 from llama.vocab import Vocabulary, open_vocabulary
