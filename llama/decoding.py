@@ -2,7 +2,7 @@
 
     prompts -> prefill -> logits -> decode: [select a token a row -> forward it -> logits] again and again -> tokens
 
-Whoever consumes `decode` decides which rows have finished, and makes text: see `llama.generation`.
+Whoever consumes `decode` decides which rows have finished: see `llama.batch`.
 """
 
 from collections.abc import Callable, Iterator

@@ -23,8 +23,7 @@ class Tokenizer:
     Attributes:
         n_words: vocabulary size; with Hugging Face's layout, the embedding's, which may be padded by `n_padding`.
         bos_id, eos_id: the ids that begin (None if there is none) and end a text.
-        pad_id: -1; no model ever sees it.
-        stop_tokens: the ids at which generation ends.
+        pad_id: -1, which no model ever sees. stop_tokens: the ids at which generation ends.
         special_tokens: name -> id of the tokens that no plain text encodes to (empty for Llama 2).
         add_bos: whether a text to complete begins with BOS.
         chat_template: the Jinja template the file carries, or None.
