@@ -12,6 +12,7 @@ import torch
 
 from llama.beam_search import BeamSearch
 from llama.decoding import decode, prefill
+from llama.distributed import broadcast_flag
 from llama.errors import InputError
 from llama.model_lock import lock_of
 from llama.non_finite import explain_non_finite
@@ -80,13 +81,12 @@ def generate_pieces(
     Args:
         prompts: ids; they have passed `check_prompts`.
         text: whether the pieces are to have text, which is also searched for stop strings.
-        should_stop: asked before the first step and after each, on every rank: whether to end early.
+        should_stop: asked after each step whether to end early. The first rank's answer counts, so that all ranks make
+            the same steps.
 
     Raises:
         ArithmeticError: the network computed NaN or infinity.
     """
-    if should_stop is not None and should_stop():
-        return
     max_new_tokens = [min(params.max_gen_len, model.params.max_seq_len - len(prompt)) for prompt in prompts]
     rows_per_prompt = max(params.num_return_sequences, params.num_beams)
     prompt_of_row = [prompt for prompt in prompts for _ in range(rows_per_prompt)]
@@ -153,7 +153,9 @@ def generate_pieces(
                     raise ArithmeticError(explain_non_finite(model, tokens[row], processed))
                 tokens[row].append(token)
                 yield from outputs[row].append(token, logprobs[row])
-            if all(output.ended for output in outputs) or (should_stop is not None and should_stop()):
+            if all(output.ended for output in outputs):
+                return
+            if should_stop is not None and broadcast_flag(should_stop(), next_tokens.device):
                 return
     finally:
         if cache is not None:

@@ -137,12 +137,14 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def broadcast_flag(flag: bool) -> bool:
-    """The first model-parallel rank's `flag`, on every rank."""
+def broadcast_flag(flag: bool, device: torch.device) -> bool:
+    """The first model-parallel rank's `flag`, on every rank.
+
+    Args:
+        device: where the ranks talk: the model's.
+    """
     if model_parallel_size() == 1:
         return flag
-    on_cuda = dist.get_backend(groups.get_model_parallel_group()) == "nccl"
-    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
     return bool(broadcast(torch.tensor(flag, dtype=torch.uint8, device=device)).item())
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from llama.distributed import broadcast_flag, model_parallel_size
+from llama.distributed import model_parallel_size
 
 Item = TypeVar("Item")
 
@@ -92,12 +92,10 @@ class ModelLock:
     def stream(self, produce: Callable[..., Iterator[Item]]) -> Iterator[Item]:
         """Yield what `produce` yields, produced by a thread of its own, in its turn, as fast as that goes.
 
-        Production begins when the first item is asked for. When the consumer leaves, it stops at the next step; under
-        torchrun, when that of the first rank leaves, since all ranks must make the same steps.
+        Production begins when the first item is asked for, and stops soon after the consumer has left.
 
         Args:
-            produce: its keyword argument `should_stop` is a function that says whether to stop; to be called on every
-                rank, before the model is used and after each step.
+            produce: its keyword argument `should_stop` is a function that says whether the consumer has left.
         """
         if self in _calling_processor.get():
             raise RuntimeError("a logits_processor can't use the Llama that it is called by")
@@ -105,13 +103,13 @@ class ModelLock:
         call = Call()
 
         def should_stop() -> bool:
-            return broadcast_flag(call.abandoned or not threading.main_thread().is_alive())
+            return call.abandoned or not threading.main_thread().is_alive()
 
         def run() -> None:
             end = StreamEnd()
             try:
                 with self.turn(call):
-                    for item in produce(should_stop=should_stop):
+                    for item in () if call.skipped else produce(should_stop=should_stop):
                         items.put(item)
             except BaseException as error:
                 end.error = error  # raised where the stream is consumed
