@@ -26,8 +26,6 @@ from llama.checkpoint import save_checkpoint
 from llama.errors import InputError, MissingFileError
 from llama.files import new_folder
 
-pytestmark = pytest.mark.slow
-
 SMALL = {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "multiple_of": 8}
 
 
@@ -100,6 +98,7 @@ def damage(draw, content: bytes) -> bytes:
     return bytes(damaged)
 
 
+@pytest.mark.slow
 def test_damaged_files_are_refused_with_our_own_exceptions(layout, record_property):
     name, folder, files = layout
     outcomes: Counter[str] = Counter()
@@ -162,6 +161,7 @@ def test_a_safetensors_tensor_longer_than_the_file(tmp_path):
         load(tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_a_compressed_file_that_would_fill_memory_is_refused(tmp_path):
     llama_3(tmp_path)
     path = tmp_path / "consolidated.00.pth"

@@ -62,7 +62,7 @@ def sizes_for(name: str) -> list[int]:
     return [1, 2, 4, 8, 16] if "405B" in name else [1, 2, 4, 8]
 
 
-@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * ("405B" in name)) for name in MODELS])
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (MODELS[name][2] > 10e9)) for name in MODELS])
 def model(request, tmp_path):
     """A published model's name, and a folder with its params.json in `meta` and its config.json in `hf`."""
     params, width, _ = MODELS[request.param]

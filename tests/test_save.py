@@ -424,6 +424,7 @@ def test_llama_2s_tokenizer_in_transformers(tmp_path):
     assert not tokenizer.add_bos
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [100, 8192, 16384])
 def test_the_limit_of_max_seq_len_is_kept_by_every_layout(tmp_path, limit):
     for name, changes in MODELS.items():

@@ -232,7 +232,7 @@ def test_long_texts_are_split_like_in_the_reference(text):
 
 
 @pytest.mark.parametrize("family", ["llama3", "llama2", pytest.param("smollm", marks=pytest.mark.real)])
-@pytest.mark.parametrize("letter", ["a", " ", "🙂", "."])
+@pytest.mark.parametrize("letter", ["a", *(pytest.param(letter, marks=pytest.mark.slow) for letter in " 🙂.")])
 def test_a_million_characters(request, family, letter):
     tokenizer = request.getfixturevalue(family)
     text = letter * 1_000_000

@@ -58,7 +58,8 @@ def save_checkpoint(
             write_checkpoint(folder, layout, args, tensors, dtype, shards, tokenizer)
         except BaseException as error:
             failure = error
-    # Every rank must take part in all the gathers: the others in all of them, the first in those it hasn't come to.
+    # Each tensor is gathered from all ranks, which must take part in every gather: the other ranks do so here, as does
+    # the first in those that are left when writing has failed.
     for _ in tensors:
         pass
     raise_on_all_ranks(failure)
@@ -67,7 +68,7 @@ def save_checkpoint(
 def gather_parameters(model: Transformer) -> Iterator[tuple[str, torch.Tensor]]:
     """The name of every parameter and, on the first model-parallel rank, the whole parameter, from all ranks' slices.
 
-    Elsewhere the tensors are to be ignored.
+    The tensors on the other ranks are to be ignored.
     """
     args, size = model.params, model_parallel_size()
     slices = dict(model.named_parameters())
