@@ -1,7 +1,7 @@
 """Answers a few chats with a Llama model: python example_chat_completion.py"""
 
 from llama import Dialog, Llama
-from llama.cli.command_line import run
+from llama.cli import run
 from llama.default_model import default_checkpoint
 
 
@@ -15,20 +15,20 @@ def main(
     max_batch_size: int = 4,
     stream: bool = False,
 ) -> None:
-    """RowOutput a few chats.
+    """Answer a few chats.
 
-    With no arguments this runs SmolLM2-135M-Instruct, which is fetched once. For a model on several GPUs or processes:
-    torchrun --nproc_per_node N example_chat_completion.py --ckpt_dir ...
+    Without arguments this runs SmolLM2-135M-Instruct, which is downloaded once. To run a model on several GPUs or
+    processes: torchrun --nproc_per_node N example_chat_completion.py --ckpt_dir ...
 
     Args:
         ckpt_dir: the checkpoint of a chat model: a folder in Meta's or Hugging Face's layout, or a GGUF file
-        tokenizer_path: the tokenizer's file, where it isn't with the checkpoint
-        temperature: how freely to draw; 0 always takes the likeliest token
-        top_p: draw from the likeliest tokens that together have this probability
-        max_seq_len: longest chat, in tokens: dialog and answer together
-        max_gen_len: longest answer, in tokens; by default as long as max_seq_len allows
-        max_batch_size: most chats at a time
-        stream: show each answer as it comes, one after the other
+        tokenizer_path: the tokenizer file; by default the one that comes with the checkpoint
+        temperature: sampling temperature; 0 always takes the most likely token
+        top_p: sample only from the most likely tokens that together reach this probability (nucleus sampling)
+        max_seq_len: maximum number of tokens of dialog and answer together
+        max_gen_len: maximum number of tokens of an answer; by default as many as max_seq_len allows
+        max_batch_size: maximum number of chats that are answered at a time
+        stream: print each answer while it is generated, one chat at a time
     """
     generator = Llama.build(
         ckpt_dir=ckpt_dir or default_checkpoint(),
@@ -51,7 +51,7 @@ def main(
     ]
     if stream:
         for dialog in dialogs:
-            show(dialog)
+            print_dialog(dialog)
             print("Assistant: ", end="")
             for piece in generator.chat_completion_stream([dialog], temperature, top_p, max_gen_len):
                 print(piece.text, end="", flush=True)
@@ -61,11 +61,11 @@ def main(
         batch = dialogs[start : start + max_batch_size]
         results = generator.chat_completion(batch, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
         for dialog, result in zip(batch, results, strict=True):
-            show([*dialog, result["generation"]])
+            print_dialog([*dialog, result["generation"]])
             print("==================================\n")
 
 
-def show(dialog: Dialog) -> None:
+def print_dialog(dialog: Dialog) -> None:
     for message in dialog:
         print(f"{message['role'].capitalize()}: {message['content']}\n")
 

@@ -1,7 +1,7 @@
 """Completes a few texts with a Llama model: python example_text_completion.py"""
 
 from llama import Llama
-from llama.cli.command_line import run
+from llama.cli import run
 from llama.default_model import default_checkpoint
 
 
@@ -17,18 +17,18 @@ def main(
 ) -> None:
     """Complete a few texts.
 
-    With no arguments this runs SmolLM2-135M-Instruct, which is fetched once. For a model on several GPUs or processes:
-    torchrun --nproc_per_node N example_text_completion.py --ckpt_dir ...
+    Without arguments this runs SmolLM2-135M-Instruct, which is downloaded once. To run a model on several GPUs or
+    processes: torchrun --nproc_per_node N example_text_completion.py --ckpt_dir ...
 
     Args:
         ckpt_dir: the checkpoint: a folder in Meta's or Hugging Face's layout, or a GGUF file
-        tokenizer_path: the tokenizer's file, where it isn't with the checkpoint
-        temperature: how freely to draw; 0 always takes the likeliest token
-        top_p: draw from the likeliest tokens that together have this probability
-        max_seq_len: longest text, in tokens: prompt and completion together
-        max_gen_len: longest completion, in tokens
-        max_batch_size: most texts at a time
-        stream: show each answer as it comes, one after the other
+        tokenizer_path: the tokenizer file; by default the one that comes with the checkpoint
+        temperature: sampling temperature; 0 always takes the most likely token
+        top_p: sample only from the most likely tokens that together reach this probability (nucleus sampling)
+        max_seq_len: maximum number of tokens of prompt and completion together
+        max_gen_len: maximum number of tokens of a completion
+        max_batch_size: maximum number of texts that are completed at a time
+        stream: print each completion while it is generated, one text at a time
     """
     generator = Llama.build(
         ckpt_dir=ckpt_dir or default_checkpoint(),

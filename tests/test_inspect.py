@@ -1,10 +1,9 @@
-"""`llama inspect`: its numbers, what it prints, and its page, which a browser looks at."""
+"""`llama inspect`: its statistics, what it prints, and its page, which is also opened in a browser."""
 
 import io
 import json
 import math
 import os
-import pty
 import re
 import shutil
 import subprocess
@@ -18,14 +17,14 @@ from conftest import ROOT, hugging_face_twin, tiny_model, torchrun
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from test_sampling import nucleus_of
+from run_command import Runner, Stdin
 
-import llama.cli.inspection
+import llama.cli.token_statistics
 from llama import Llama
-from llama.cli.inspect import label, show
-from llama.cli.inspect_format import level, percent, readable, settings
-from llama.cli.inspect_page import STYLE, page
-from llama.cli.inspection import inspect_tokens, totals
+from llama.cli.inspect import print_inspection, token_name
+from llama.cli.inspect_format import format_settings, percent, readable, surprise_level
+from llama.cli.inspect_page import STYLE, render_page
+from llama.cli.token_statistics import inspect_tokens, text_statistics
 from llama.errors import InputError
 from llama.files import writable_file, write_whole
 
@@ -39,130 +38,163 @@ def tiny(llama3):
 
 @pytest.fixture(scope="module")
 def ids(llama3):
-    """Text, and special tokens: all that a prompt can hold."""
+    """Text, an incomplete character, and a special token: everything that a prompt can hold."""
     ids = llama3.encode("The user is in the other house, thinking on an answer: 🙂\n\n", bos=True, eos=False)
     return [*ids, llama3.special_tokens["<|eot_id|>"], *range(40, 70)]
 
 
+def inspect_completed(llama, ids, max_gen_len):
+    """The inspection of a prompt and its greedy completion."""
+    (generated,), _ = llama.generate([ids], max_gen_len=max_gen_len, temperature=0)
+    return inspect_tokens(llama.model, llama.tokenizer, ids + generated, len(generated))
+
+
 @pytest.fixture(scope="module")
-def found(tiny, ids):
-    """With a completion, so that there are surprising tokens and expected ones."""
-    (new,), _ = tiny.generate([ids], max_gen_len=8, temperature=0)
-    return inspect_tokens(tiny, ids + new, len(new))
+def inspection(tiny, ids):
+    """With surprising tokens (in the prompt) and expected ones (in the completion)."""
+    return inspect_completed(tiny, ids, 8)
 
 
-# Numbers
+# Statistics
 
 
-@pytest.mark.parametrize("at_once", [4 * 7 * 524, 2**25])
-def test_numbers_are_those_of_transformers(tiny, ids, monkeypatch, at_once):
-    """Each number from its definition, on the probabilities of another implementation, whatever the blocks."""
-    monkeypatch.setattr(llama.cli.inspection, "LOGITS_AT_ONCE", at_once)
-    found = inspect_tokens(tiny, ids, alternatives=4)
+@pytest.mark.slow
+@pytest.mark.parametrize("max_logits", [7 * 524, 2**23])
+def test_statistics_agree_with_transformers(tiny, ids, monkeypatch, max_logits):
+    """Each number follows from its definition and another implementation's probabilities, for any block size."""
+    monkeypatch.setattr(llama.cli.token_statistics, "MAX_LOGITS", max_logits)
+    inspection = inspect_tokens(tiny.model, tiny.tokenizer, ids, alternatives=4)
     with torch.no_grad():
         logits = hugging_face_twin(tiny.model).double()(torch.tensor([ids])).logits[0]  # (seq, vocab_size)
-    assert [token.id for token in found.tokens] == ids
-    first, *tokens = found.tokens
+    check_statistics(inspection, ids, logits)
+
+
+@pytest.mark.parametrize("max_logits", [7 * 524, 2**23])
+def test_statistics_follow_from_the_logits(tiny, ids, monkeypatch, max_logits):
+    monkeypatch.setattr(llama.cli.token_statistics, "MAX_LOGITS", max_logits)
+    inspection = inspect_tokens(tiny.model, tiny.tokenizer, ids, alternatives=4)
+    with torch.no_grad():
+        check_statistics(inspection, ids, tiny.model(torch.tensor([ids]))[0].double())
+
+
+def check_statistics(inspection, ids, logits):
+    """Compare an inspection with four alternatives with the definitions, applied to logits (seq, vocab_size)."""
+    assert [token.id for token in inspection.tokens] == ids
+    first, *tokens = inspection.tokens
     assert first[2:] == (False, None, None, None, None, [])
     for token, row in zip(tokens, logits, strict=False):
         weights = [math.exp(x) for x in (row - row.max()).tolist()]
-        probs = [weight / sum(weights) for weight in weights]
+        total = sum(weights)
+        probs = [weight / total for weight in weights]
         assert token.probability == pytest.approx(probs[token.id], abs=1e-4)
         assert token.logprob == pytest.approx(math.log(probs[token.id]), abs=2e-4)
         assert token.rank == 1 + sum(prob > probs[token.id] for prob in probs)
         assert token.entropy == pytest.approx(-sum(prob * math.log(prob) for prob in probs), abs=1e-4)
         order = sorted(range(len(probs)), key=lambda i: -probs[i])[:4]
-        assert [choice.id for choice in token.alternatives] == order
-        assert [choice.probability for choice in token.alternatives] == pytest.approx(
+        assert [candidate.id for candidate in token.alternatives] == order
+        assert [candidate.probability for candidate in token.alternatives] == pytest.approx(
             [probs[i] for i in order], abs=1e-4
         )
-    after = torch.softmax(logits[-1], dim=-1).topk(10)
-    assert [choice.id for choice in found.next_tokens] == after.indices.tolist()
-    assert [choice.probability for choice in found.next_tokens] == pytest.approx(after.values.tolist(), abs=1e-4)
+    top = torch.softmax(logits[-1], dim=-1).topk(10)
+    assert [candidate.id for candidate in inspection.next_tokens] == top.indices.tolist()
+    probabilities = [candidate.probability for candidate in inspection.next_tokens]
+    assert probabilities == pytest.approx(top.values.tolist(), abs=1e-4)
 
 
-def test_logprobs_are_those_of_generate(tiny, ids, found):
-    tokens = [token.id for token in found.tokens]
+def test_logprobs_are_those_of_generate(tiny, ids, inspection):
+    tokens = [token.id for token in inspection.tokens]
     _, ((_, *logprobs),) = tiny.generate([tokens], max_gen_len=0, echo=True, logprobs=True)
-    assert [token.logprob for token in found.tokens[1:]] == pytest.approx(logprobs, abs=1e-5)
-    assert [token.new for token in found.tokens] == [False] * len(ids) + [True] * (len(tokens) - len(ids))
+    assert [token.logprob for token in inspection.tokens[1:]] == pytest.approx(logprobs, abs=1e-5)
+    assert [token.generated for token in inspection.tokens] == [False] * len(ids) + [True] * (len(tokens) - len(ids))
 
 
-def test_the_cache_is_left_as_it_is(tiny, ids):
-    """A talk goes on where it was: nothing is read into the cache."""
+def test_the_cache_is_not_changed(tiny, ids):
     tiny.generate([ids], max_gen_len=3, temperature=0)
     before = tiny.model.cache.keys.clone()
-    inspect_tokens(tiny, ids[::-1])
+    inspect_tokens(tiny.model, tiny.tokenizer, ids[::-1])
     assert torch.equal(tiny.model.cache.keys, before)
 
 
-def test_totals(found):
-    sums = totals(found.tokens)
-    logprobs = [token.logprob for token in found.tokens[1:]]
-    assert sums.tokens == len(logprobs) + 1
-    assert sums.logprob == pytest.approx(sum(logprobs))
-    assert sums.perplexity == pytest.approx(math.prod(math.exp(-x / len(logprobs)) for x in logprobs))
-    assert sums.entropy == pytest.approx(sum(token.entropy for token in found.tokens[1:]) / len(logprobs))
-    assert totals(found.tokens[:1]) == (1, 0.0, None, None)
-    assert totals([found.tokens[1]._replace(logprob=-1000.0)]).perplexity == math.inf
+def test_text_statistics(inspection):
+    statistics = text_statistics(inspection.tokens)
+    logprobs = [token.logprob for token in inspection.tokens[1:]]
+    assert statistics.n_tokens == len(logprobs) + 1
+    assert statistics.logprob == pytest.approx(sum(logprobs))
+    assert statistics.perplexity == pytest.approx(math.prod(math.exp(-x / len(logprobs)) for x in logprobs))
+    assert statistics.entropy == pytest.approx(sum(token.entropy for token in inspection.tokens[1:]) / len(logprobs))
+    assert text_statistics(inspection.tokens[:1]) == (1, 0.0, None, None)
+    assert text_statistics([inspection.tokens[1]._replace(logprob=-1000.0)]).perplexity == math.inf
 
 
-@pytest.mark.parametrize("how", [(0.8, 0.7, 3), (2.0, 0.5, None), (0, 0.9, None), (1.3, 0.9, 1), (1.0, 1.0, 600)])
-def test_distributions_are_those_of_the_definitions(tiny, ids, how):
-    temperature, top_p, top_k = how
-    found = inspect_tokens(tiny, ids, bars=524, temperature=temperature, top_p=top_p, top_k=top_k)
+def sampling_probabilities(
+    logits: list[float], temperature: float, top_p: float, top_k: int | None
+) -> dict[int, float]:
+    """The probability of each token that can be sampled, straight from the definitions."""
+    if temperature == 0:
+        return {logits.index(max(logits)): 1.0}
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])[:top_k]
+    weights = [math.exp((logits[i] - max(logits)) / temperature) for i in order]
+    nucleus, cumulative = {}, 0.0
+    for token, weight in zip(order, weights, strict=True):
+        if cumulative > top_p * sum(weights):
+            break
+        nucleus[token] = weight
+        cumulative += weight
+    return {token: weight / cumulative for token, weight in nucleus.items()}
+
+
+@pytest.mark.parametrize("settings", [(0.8, 0.7, 3), (2.0, 0.5, None), (0, 0.9, None), (1.3, 0.9, 1), (1.0, 1.0, 600)])
+def test_sampling_distributions_follow_from_the_definitions(tiny, ids, settings):
+    temperature, top_p, top_k = settings
+    inspection = inspect_tokens(
+        tiny.model, tiny.tokenizer, ids, n_next_tokens=524, temperature=temperature, top_p=top_p, top_k=top_k
+    )
     with torch.no_grad():
         logits = tiny.model(torch.tensor([ids]))[0, -1].double().tolist()
-
-    def defined(temperature: float, top_p: float, top_k: int | None) -> dict[int, float]:
-        if temperature == 0:
-            return {logits.index(max(logits)): 1.0}
-        kept = sorted(range(len(logits)), key=lambda i: -logits[i])[:top_k]
-        weights = [math.exp((logits[i] - max(logits)) / temperature) for i in kept]
-        nucleus = nucleus_of([weight / sum(weights) for weight in weights], top_p)
-        return {kept[place]: prob for place, prob in nucleus.items()}
-
-    singles = [(0.5, 1.0, None), (1.0, 1.0, None), (1.5, 1.0, None), (1.0, 1.0, top_k or 5)]
-    singles.append((1.0, top_p if top_p < 1 else 0.9, None))
-    for reshaped, wanted in zip([found.asked, *found.single], [how, *singles], strict=True):
-        assert (reshaped.temperature, reshaped.top_p, reshaped.top_k) == wanted
-        probs = defined(*wanted)
-        assert reshaped.probabilities == pytest.approx([probs.get(c.id, 0.0) for c in found.next_tokens], abs=1e-4)
-        assert reshaped.drawable == pytest.approx(len(probs), abs=0 if len(probs) < 300 else 300)  # some underflow
-        assert reshaped.others == 0
-    few = inspect_tokens(tiny, ids, bars=2, temperature=2.0, top_p=1.0)
-    assert len(few.sample) == 2
-    assert few.asked.others == pytest.approx(1 - sum(few.asked.probabilities), abs=1e-6)
+    variations = [(0.5, 1.0, None), (1.0, 1.0, None), (1.5, 1.0, None), (1.0, 1.0, top_k or 5)]
+    variations.append((1.0, top_p if top_p < 1 else 0.9, None))
+    distributions = [inspection.requested, *inspection.variations]
+    for distribution, expected in zip(distributions, [settings, *variations], strict=True):
+        assert (distribution.temperature, distribution.top_p, distribution.top_k) == expected
+        probs = sampling_probabilities(logits, *expected)
+        listed = [probs.get(candidate.id, 0.0) for candidate in inspection.next_tokens]
+        assert distribution.probabilities == pytest.approx(listed, abs=1e-4)
+        tolerance = 0 if len(probs) < 300 else 300  # some probabilities underflow
+        assert distribution.n_tokens == pytest.approx(len(probs), abs=tolerance)
+        assert distribution.others == 0
+    short = inspect_tokens(tiny.model, tiny.tokenizer, ids, n_next_tokens=2, temperature=2.0, top_p=1.0)
+    assert len(short.next_tokens) == 2
+    assert short.requested.others == pytest.approx(1 - sum(short.requested.probabilities), abs=1e-6)
 
 
-def test_what_is_refused(tiny, ids):
-    for wrong, message in [
+def test_invalid_arguments(tiny, ids):
+    for arguments, message in [
         (dict(alternatives=0), "alternatives=0 must be a whole number of at least 1"),
-        (dict(bars=1.5), "bars=1.5 must be"),
-        (dict(new=-1), "new=-1 must be"),
-        (dict(new=1000), "new=1000 is more than the"),
+        (dict(n_next_tokens=1.5), "n_next_tokens=1.5 must be"),
+        (dict(n_generated=-1), "n_generated=-1 must be"),
+        (dict(n_generated=1000), "n_generated=1000 is more than the"),
         (dict(temperature=-1), "temperature=-1 must be"),
         (dict(top_p=2), "top_p=2 must be"),
     ]:
         with pytest.raises(InputError, match=message):
-            inspect_tokens(tiny, ids, **wrong)
+            inspect_tokens(tiny.model, tiny.tokenizer, ids, **arguments)
     with pytest.raises(InputError, match="524"):
-        inspect_tokens(tiny, [524])
+        inspect_tokens(tiny.model, tiny.tokenizer, [524])
     with pytest.raises(InputError, match="max_seq_len=160"):
-        inspect_tokens(tiny, [1] * 161)
+        inspect_tokens(tiny.model, tiny.tokenizer, [1] * 161)
     broken = tiny_model(vocab_size=524)
     broken.layers[1].feed_forward.w2.weight.data[0, 0] = math.nan
     with pytest.raises(ArithmeticError, match="NaN or infinity, first in layer 1"):
-        inspect_tokens(Llama(broken, tiny.tokenizer), ids)
+        inspect_tokens(broken, tiny.tokenizer, ids)
     with pytest.raises(ArithmeticError, match="NaN or infinity"):
-        inspect_tokens(Llama(broken, tiny.tokenizer), [7])
+        inspect_tokens(broken, tiny.tokenizer, [7])
 
 
 # Texts
 
 
 @given(st.text())
-def test_every_character_shows_and_none_steers(text):
+def test_every_character_is_visible_and_harmless(text):
     for character in readable(text):
         assert unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
         assert character not in " \ufe0f"
@@ -173,125 +205,117 @@ def test_readable():
     assert readable("<b>[bold]\\xf0") == "<b>[bold]\\xf0"
 
 
-def test_probabilities_in_words():
-    words = [percent(p) for p in (1, 0.99949, 0.1234, 0.0012, 0.00012, 0.000012, 1e-9, 0)]
-    assert words == ["100.0%", "99.9%", "12.3%", "0.1%", "0.01%", "0.001%", "<0.001%", "–"]
-    assert [level(p) for p in (1, 0.5, 0.49, 0.2, 0.05, 0.01, 0.001, 0)] == [0, 0, 1, 1, 2, 3, 4, 5]
+def test_formatted_probabilities():
+    formatted = [percent(p) for p in (1, 0.99949, 0.1234, 0.0012, 0.00012, 0.000012, 1e-9, 0)]
+    assert formatted == ["100.0%", "99.9%", "12.3%", "0.1%", "0.01%", "0.001%", "<0.001%", "–"]
+    assert [surprise_level(p) for p in (1, 0.5, 0.49, 0.2, 0.05, 0.01, 0.001, 0)] == [0, 0, 1, 1, 2, 3, 4, 5]
 
 
-# At a terminal
+# On the terminal
 
 
-def printed(found, width=100, **options) -> str:
+def printed(inspection, width=100, **options) -> str:
     file = io.StringIO()
-    show(found, Console(file=file, force_terminal=True, highlight=False, width=width, **options))
+    print_inspection(inspection, Console(file=file, force_terminal=True, highlight=False, width=width, **options))
     return file.getvalue()
 
 
 @pytest.fixture(scope="module")
 def hostile(tiny, llama3):
-    """A text that would do harm if it were taken for markup or for a terminal's commands; so would tokens of it."""
+    """A text, and tokens, that would do harm if they were taken for markup or for a terminal's commands."""
     ids = llama3.encode(f"{HOSTILE} & two\nlines", bos=True, eos=False)
-    (new,), _ = tiny.generate([ids], max_gen_len=4, temperature=0)
-    found = inspect_tokens(tiny, ids + new, len(new))
-    bad = [choice._replace(text="[/b]</b><em>\x1b") for choice in found.next_tokens]
-    last = found.tokens[-1]._replace(text="[bold]</span><em>\x1b[0m", alternatives=bad)
-    return replace(found, tokens=[*found.tokens, last], sample=bad)
+    inspection = inspect_completed(tiny, ids, 4)
+    next_tokens = [candidate._replace(text="[/b]</b><em>\x1b") for candidate in inspection.next_tokens]
+    last = inspection.tokens[-1]._replace(text="[bold]</span><em>\x1b[0m", alternatives=next_tokens)
+    return replace(inspection, tokens=[*inspection.tokens, last], next_tokens=next_tokens)
 
 
 @pytest.mark.parametrize("width", [30, 80, 200])
-def test_every_number_is_printed(found, width):
-    text = printed(found, width, color_system=None)
+def test_every_number_is_printed(inspection, width):
+    text = printed(inspection, width, color_system=None)
     assert max(map(len, text.splitlines())) <= width
     if width >= 80:
-        for token in found.tokens[1:]:
-            line = (
-                rf"^ *{re.escape(readable(token.text)[:14])}.* {re.escape(percent(token.probability))} +{token.rank:,} "
-            )
-            assert re.search(line + rf" +{token.entropy:.2f} ", text, re.MULTILINE), line
-            for choice in token.alternatives:
-                assert f"{label(choice.text).plain} {percent(choice.probability)} " in text
-        assert text.count("by the model:") == 1
-        for how in (found.asked, *found.single):
-            assert settings(how).split(", ")[-1] in text
-    assert f"{totals(found.tokens).perplexity:,.4g}" in text
+        for token in inspection.tokens[1:]:
+            name, probability = re.escape(readable(token.text)[:14]), re.escape(percent(token.probability))
+            line = rf"^ *{name}.* {probability} +{token.rank:,}  +{token.entropy:.2f} "
+            assert re.search(line, text, re.MULTILINE), line
+            for candidate in token.alternatives:
+                assert f"{token_name(candidate.text).plain} {percent(candidate.probability)} " in text
+        assert text.count("generated:") == 1
+        for distribution in (inspection.requested, *inspection.variations):
+            assert format_settings(distribution).split(", ")[-1] in text
+    assert f"{text_statistics(inspection.tokens).perplexity:,.4g}" in text
 
 
-def test_colours_differ_with_probability(found):
-    text = printed(found, color_system="truecolor").split("probability:")[0]
+def test_colours_differ_with_probability(inspection):
+    text = printed(inspection, color_system="truecolor").split("probability:")[0]
     backgrounds = set(re.findall(r"48;2;(\d+;\d+;\d+)m", text))
-    assert len(backgrounds) == len({level(token.probability) for token in found.tokens[1:]} - {0}) > 2
+    levels = {surprise_level(token.probability) for token in inspection.tokens[1:]} - {0}
+    assert len(backgrounds) == len(levels) > 2
     assert "\x1b[4m" in text or "\x1b[4;" in text  # the completion is underlined
 
 
-def test_nothing_steers_the_terminal(hostile):
+def test_nothing_controls_the_terminal(hostile):
     text = printed(hostile, color_system=None)
     assert "\x1b" not in text.replace("\x1b[?25", "")
     assert "[bold]x[/bold] ␛[31m␛]0;y␇ \\xe2\\x80\\xae" in text.replace("\n", "")
     assert "[bold]</span><em>␛[0m" in text.replace("\n", "")
-    assert text.count("[/b]</b><em>␛") == 10 + 2 * 10  # at the token; and in two rows of charts
+    assert text.count("[/b]</b><em>␛") == 10 + 2 * 10  # as alternatives of the token, and in two tables of charts
 
 
 # The command
 
 
-@pytest.fixture(scope="module")
-def script(tmp_path_factory):
-    path = tmp_path_factory.mktemp("command") / "llama_inspect.py"
-    imports = "from llama.cli.command_line import run\nfrom llama.cli.inspect import inspect\n"
-    path.write_text(imports + "run(inspect, 'llama inspect')\n")
-    return path
+@pytest.fixture
+def runner(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    return Runner(monkeypatch, capsys)
 
 
-def run_command(script, *words, stdin=subprocess.DEVNULL, **options) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | options.pop("env", {})
-    if "input" not in options:
-        options["stdin"] = stdin
-    command = [sys.executable, script, *map(str, words)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, **options)
+def options_of(checkpoint):
+    return ["--ckpt_dir", checkpoint, "--max_seq_len", "96", "--dtype", "float32"]
 
 
-def test_command(tiny_checkpoint, script, tmp_path, llama3):
+def test_the_command(runner, tiny_checkpoint, tmp_path, llama3):
     count = len(llama3.encode("the user 🙂", bos=True, eos=False))
-    options = ["--ckpt_dir", tiny_checkpoint, "--max_seq_len", "96", "--dtype", "float32"]
-    result = run_command(script, "the user 🙂", *options, "--max_gen_len", "5", "--seed", "3")
+    args = ["inspect", "the user 🙂", *options_of(tiny_checkpoint), "--max_gen_len", "5", "--seed", "3"]
+    result = runner.llama(*args)
     assert result.returncode == 0, result.stderr
     assert "<|begin_of_text|>the user \\xf0\\x9f\\x99\\x82" in result.stdout.replace("\n", "")
     assert re.search(rf"^tokens +{count + 5}   prompt {count} · completion 5$", result.stdout, re.MULTILINE)
-    assert "\x1b" not in result.stdout  # no colours where nobody sees them
-    again = run_command(script, "the user 🙂", *options, "--max_gen_len", "5", "--seed", "3")
-    assert again.stdout == result.stdout
+    assert "\x1b" not in result.stdout  # no colours, since this isn't a terminal
+    assert runner.llama(*args).stdout == result.stdout
 
-    piped = run_command(script, *options, input="the user 🙂\n", env={"PYTHONIOENCODING": "utf-8"})
-    assert "⏎" not in piped.stdout.splitlines()[0]  # the last line end is none of the text
+    piped = runner.llama("inspect", *options_of(tiny_checkpoint), stdin="the user 🙂\n")
+    assert "⏎" not in piped.stdout.splitlines()[0]  # the last newline isn't part of the text
     assert re.search(rf"^tokens +{count}$", piped.stdout, re.MULTILINE), piped.stderr
-    plain = run_command(script, "the user", *options, env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
-    assert plain.returncode == 0, plain.stderr
 
-    file = tmp_path / "page.html"
-    result = run_command(script, "7", *options, "--html", file)  # a text, though it looks like a number
-    assert (result.returncode, result.stdout) == (0, f"wrote {file}\n"), result.stderr
+    file = tmp_path / "page.html"  # with a text that looks like a number
+    written = runner.llama("inspect", "7", *options_of(tiny_checkpoint), "--html", file)
+    assert (written.returncode, written.stdout) == (0, f"wrote {file}\n"), written.stderr
     assert file.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert os.listdir(tmp_path) == ["page.html"]
 
 
-def test_help(script):
-    result = run_command(script, "--help")
-    assert result.returncode == 0
-    for option in ("text", "ckpt_dir", "max_gen_len", "temperature", "top_p", "top_k", "seed", "alternatives", "html"):
-        assert f"--{option}=" in result.stdout
-    assert "how sure a model was" in result.stdout
+@pytest.mark.slow
+def test_in_a_process_of_its_own(tiny_checkpoint):
+    """Where the output's encoding lacks the symbols."""
+    result = subprocess.run(
+        [sys.executable, "-m", "llama", "inspect", "the user", *map(str, options_of(tiny_checkpoint))],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "perplexity" in result.stdout
 
 
 @pytest.mark.parametrize(
-    ("words", "message", "code"),
+    ("args", "message", "code"),
     [
-        (
-            ["x", "--temprature", "0"],
-            "error: llama inspect has no use for '--temprature'; did you mean --temperature?",
-            2,
-        ),
-        (["x", "--top_p", "2"], "error: top_p=2 must be between 0 and 1", 1),
+        (["x", "--temprature", "0"], "unknown option '--temprature'; did you mean --temperature?", 2),
+        (["x", "--top_p", "2"], "error: top_p=2 must be a number between 0 and 1", 1),
         (["x", "--alternatives", "0"], "error: alternatives=0 must be a whole number of at least 1", 1),
         (["x", "--html", "/nowhere/page.html"], "error: the folder of html='/nowhere' does not exist; / holds ", 1),
         (["x", "--html", "/"], "error: html='/' must be the name of a file in a folder", 1),
@@ -299,39 +323,48 @@ def test_help(script):
         (["x", "--ckpt_dir", "/nowhere"], "error: ckpt_dir='/nowhere' does not exist; / holds ", 1),
     ],
 )
-def test_mistakes(script, words, message, code):
-    result = run_command(script, *words)
+def test_mistakes(runner, args, message, code):
+    result = runner.llama("inspect", *args)
     assert (result.returncode, result.stdout) == (code, "")
-    assert result.stderr.startswith(message), result.stderr
+    assert message in result.stderr
     assert result.stderr.count("\n") == 1
 
 
-def test_no_text(script):
-    """A person at a terminal who gave none is told so, and not left waiting."""
-    _, terminal = pty.openpty()
-    result = run_command(script, stdin=terminal)
+def test_no_text(runner):
+    """At a terminal it is an error to give none: the command doesn't wait for input."""
+    result = runner.llama("inspect", stdin=Stdin(b"", is_terminal=True))
     assert (result.returncode, result.stderr) == (1, 'error: no text: give one, in quotes ("…"), or pipe one in\n')
 
 
-def test_two_processes(tiny_checkpoint, script, tmp_path):
-    options = ["--ckpt_dir", tiny_checkpoint, "--max_seq_len", "96", "--dtype", "float32", "--temperature", "0"]
-    alone = run_command(script, "the user", *options, "--max_gen_len", "4")
-    both = torchrun(2, script, "the user", *options, "--max_gen_len", "4")
-    assert both.returncode == 0, both.stderr
-    numbers = [
-        re.findall(r"^(?:perplexity|mean entropy, in nats) +([\d.]+)", run.stdout, re.MULTILINE)
-        for run in (alone, both)
-    ]
-    assert len(numbers[1]) == 2
-    assert [float(x) for x in numbers[1]] == pytest.approx([float(x) for x in numbers[0]], rel=1e-3)
-    assert both.stdout.splitlines()[0] == alone.stdout.splitlines()[0]
-    written = torchrun(2, script, "the user", *options, "--html", tmp_path / "page.html")
-    assert written.stdout == f"wrote {tmp_path / 'page.html'}\n"
-    assert os.listdir(tmp_path) == ["page.html"]
-    assert "give the text as an argument" in torchrun(2, script, *options).stderr
+@pytest.mark.slow
+def test_two_processes(runner, tiny_checkpoint, tmp_path):
+    """They print the same as one, and write a page once."""
+    args = ["the user", *map(str, options_of(tiny_checkpoint)), "--temperature", "0", "--max_gen_len", "4"]
+    script = tmp_path / "inspect_twice.py"
+    script.write_text(
+        "from llama.cli import run\n"
+        "from llama.cli.inspect import inspect\n"
+        f"for options in ([], ['--html', {str(tmp_path / 'page.html')!r}]):\n"
+        f"    run(inspect, 'llama inspect', {args!r} + options)\n"
+    )
+    one, two = runner.llama("inspect", *args), torchrun(2, script)
+    assert two.returncode == 0, two.stderr
+    expected, numbers = (
+        re.findall(r"^(?:perplexity|mean entropy, in nats) +([\d.]+)", run.stdout, re.MULTILINE) for run in (one, two)
+    )
+    assert len(numbers) == 2
+    assert [float(x) for x in numbers] == pytest.approx([float(x) for x in expected], rel=1e-3)
+    assert two.stdout.splitlines()[0] == one.stdout.splitlines()[0]
+    assert two.stdout.splitlines()[-1] == f"wrote {tmp_path / 'page.html'}"
+    assert sorted(os.listdir(tmp_path)) == ["inspect_twice.py", "page.html"]
 
 
-def test_a_page_is_written_whole_or_not_at_all(tmp_path):
+def test_several_processes_cannot_share_standard_input(runner, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "give the text as an argument" in runner.llama("inspect", stdin="the user").stderr
+
+
+def test_a_page_is_written_completely_or_not_at_all(tmp_path):
     file = tmp_path / "page.html"
     write_whole(file, "before")
     with pytest.raises(UnicodeEncodeError):
@@ -354,8 +387,8 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path):
 # The page
 
 
-def test_the_page_carries_no_markup_of_the_text(hostile):
-    text = page(hostile, "<b>model</b>")
+def test_markup_in_the_text_is_escaped(hostile):
+    text = render_page(hostile, "<b>model</b>")
     assert set(re.findall(r"<(\w+)", text)) <= {
         "html", "head", "meta", "link", "title", "style", "body", "main", "header", "h1", "h2", "p", "dl", "div",
         "dt", "dd", "small", "section", "a", "ul", "ol", "li", "span", "b", "i", "svg", "rect", "line", "figure",
@@ -373,7 +406,7 @@ def test_the_page_carries_no_markup_of_the_text(hostile):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """Chromium without a window. Where it isn't installed, CI fails, and a person's tests go on without it."""
+    """Chromium without a window. Where it isn't installed, these tests fail in CI, and are skipped elsewhere."""
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         message = "chromium and chromedriver are not installed"
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
@@ -382,10 +415,10 @@ def browser(tmp_path_factory):
 
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
-    for word in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
+    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
                  "disable-background-networking", "disable-component-update", "disable-dev-shm-usage",
                  f"user-data-dir={tmp_path_factory.mktemp('browser')}"):  # fmt: skip
-        options.add_argument(f"--{word}")
+        options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     driver.get("about:blank")
@@ -394,12 +427,12 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture
-def look(browser, tmp_path):
-    """Open an inspection's page; afterwards nothing may have been asked of the network, or stand in the console."""
+def open_page(browser, tmp_path):
+    """Opens the page of an inspection; at the end, it must have requested nothing and logged nothing."""
     path = tmp_path / "page.html"
 
-    def look(found, width=1100, height=800, scheme="light"):
-        write_whole(path, page(found, "a model"))
+    def open_page(inspection, width=1100, height=800, scheme="light"):
+        write_whole(path, render_page(inspection, "a model"))
         browser.execute_cdp_cmd(
             "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         )
@@ -412,16 +445,18 @@ def look(browser, tmp_path):
 
     browser.get_log("performance")
     browser.get_log("browser")
-    yield look
+    yield open_page
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
-    assert asked <= {path.as_uri(), "data:,"}
-    assert path.as_uri() in asked
+    requested = {
+        event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"
+    }
+    assert requested <= {path.as_uri(), "data:,"}
+    assert path.as_uri() in requested
     assert browser.get_log("browser") == []
 
 
 def own_text(browser, element) -> str:
-    """A token's text as it stands on the page, without what shows when it is pointed at."""
+    """A token's text as it is on the page, without its tooltip."""
     script = "return [...arguments[0].childNodes].filter(n => n.className != 'tip').map(n => n.textContent).join('')"
     return browser.execute_script(script, element)
 
@@ -443,73 +478,80 @@ def contrast(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-def test_every_token_is_there_in_its_colour(look, found):
-    browser = look(found)
+@pytest.mark.slow
+def test_every_token_has_its_colour(open_page, inspection):
+    browser = open_page(inspection)
     elements = browser.find_elements("css selector", ".t")
     shown = [own_text(browser, element) for element in elements]
-    wanted = [token.text.replace("\n", "⏎\n") for token in found.tokens]
-    assert shown == wanted
+    assert shown == [token.text.replace("\n", "⏎\n") for token in inspection.tokens]
     assert "<|eot_id|>" in shown
     assert "\\xf0" in shown
     colours: dict[int, set] = {}
-    for element, token in list(zip(elements, found.tokens, strict=True))[1:]:
-        colours.setdefault(level(token.probability), set()).add(colour(element, "background-color"))
-        assert ("own" in element.get_attribute("class").split()) == token.new
+    for element, token in list(zip(elements, inspection.tokens, strict=True))[1:]:
+        colours.setdefault(surprise_level(token.probability), set()).add(colour(element, "background-color"))
+        assert ("generated" in element.get_attribute("class").split()) == token.generated
     assert len(colours) > 3
     assert all(len(same) == 1 for same in colours.values())
     assert len(set.union(*colours.values())) == len(colours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1100, 400])
-def test_alternatives_show_when_a_token_is_pointed_at_or_focused(look, found, width):
+def test_the_tooltip_of_a_token_that_is_pointed_at_or_has_the_focus(open_page, inspection, width):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
 
     height = 400
-    browser = look(found, width, height)
+    browser = open_page(inspection, width, height)
     elements = browser.find_elements("css selector", ".t")
-    tips = [element.find_element("css selector", ".tip") for element in elements]
+    tooltips = [element.find_element("css selector", ".tip") for element in elements]
 
-    def shows(i):
-        assert [place for place, tip in enumerate(tips) if tip.is_displayed()] == [i]
-        for choice in found.tokens[i].alternatives:
-            assert f"{readable(choice.text)}\n{percent(choice.probability)}" in tips[i].text
-        box = browser.execute_script("return arguments[0].getBoundingClientRect()", tips[i])
+    def visible() -> list[int]:
+        script = "return [...document.querySelectorAll('.tip')].map(tooltip => tooltip.checkVisibility())"
+        return [j for j, is_visible in enumerate(browser.execute_script(script)) if is_visible]
+
+    def only_shows(i):
+        assert visible() == [i]
+        for candidate in inspection.tokens[i].alternatives:
+            assert f"{readable(candidate.text)}\n{percent(candidate.probability)}" in tooltips[i].text
+        box = browser.execute_script("return arguments[0].getBoundingClientRect()", tooltips[i])
         assert 0 <= box["left"] < box["right"] <= width
         assert 0 <= box["top"] < box["bottom"] <= height
-        assert elements[i].get_attribute("aria-describedby") == tips[i].get_attribute("id")
+        assert elements[i].get_attribute("aria-describedby") == tooltips[i].get_attribute("id")
 
-    assert not any(tip.is_displayed() for tip in tips)
+    assert visible() == []
     rightmost = max(range(len(elements)), key=lambda i: elements[i].rect["x"])
-    for i in (1, 20, rightmost, len(tips) - 1):
-        # At the lower edge, where there is no room below it.
+    for i in (1, 20, rightmost, len(tooltips) - 1):
+        # At the lower edge of the window, where the tooltip doesn't fit below the token.
         browser.execute_script("arguments[0].scrollIntoView({block: 'end'})", elements[i])
         ActionChains(browser).move_to_element(elements[i]).perform()
-        shows(i)
-        assert f"rank {found.tokens[i].rank:,} · log-probability {found.tokens[i].logprob:.2f}" in tips[i].text
+        only_shows(i)
+        token = inspection.tokens[i]
+        assert f"rank {token.rank:,} · log-probability {token.logprob:.2f}" in tooltips[i].text
     ActionChains(browser).move_to_element(browser.find_element("css selector", "h1")).perform()
-    assert not any(tip.is_displayed() for tip in tips)
-    ActionChains(browser).send_keys(Keys.TAB * 2).perform()  # past the link that skips them
-    assert "Nothing stands before it" in tips[0].text
+    assert visible() == []
+    ActionChains(browser).send_keys(Keys.TAB * 2).perform()  # past the link that skips the tokens
+    assert "no prediction for the first token" in tooltips[0].text
     for i in (1, 2):
         ActionChains(browser).send_keys(Keys.TAB).perform()
         assert browser.switch_to.active_element == elements[i]
-        shows(i)
+        only_shows(i)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
-def test_charts_are_drawn_to_scale(look, found):
-    browser = look(found)
+@pytest.mark.slow
+def test_charts_are_drawn_to_scale(open_page, inspection):
+    browser = open_page(inspection)
     figures = browser.find_elements("css selector", "figure")
-    distributions = [found.asked, *found.single]
+    distributions = [inspection.requested, *inspection.variations]
     assert len(figures) == len(distributions) == 6
     widths, probs = [], []
-    for figure, how in zip(figures, distributions, strict=True):
-        assert figure.find_element("css selector", "figcaption b").text == settings(how)
+    for figure, distribution in zip(figures, distributions, strict=True):
+        assert figure.find_element("css selector", "figcaption b").text == format_settings(distribution)
         rows = figure.find_elements("css selector", "li")
-        assert len(rows) == len(found.next_tokens)
-        for row, choice, probability in zip(rows, found.next_tokens, how.probabilities, strict=True):
-            assert row.text.split("\n") == [readable(choice.text), percent(probability)]
+        assert len(rows) == len(inspection.next_tokens)
+        for row, candidate, probability in zip(rows, inspection.next_tokens, distribution.probabilities, strict=True):
+            assert row.text.split("\n") == [readable(candidate.text), percent(probability)]
             bar = row.find_element("css selector", "svg rect")
             widths.append(browser.execute_script("return arguments[0].getBoundingClientRect().width", bar))
             probs.append(probability)
@@ -517,46 +559,53 @@ def test_charts_are_drawn_to_scale(look, found):
     assert [width / max(widths) for width in widths] == pytest.approx([p / max(probs) for p in probs], abs=0.02)
 
 
-def test_light_and_dark(look, found):
-    """Two sets of colours, and in both every text can be read."""
-    papers = []
+@pytest.mark.slow
+def test_light_and_dark(open_page, inspection):
+    """There are two colour schemes, and every text has enough contrast in both."""
+    backgrounds = []
     for scheme in ("light", "dark"):
-        browser = look(found, scheme=scheme)
-        papers.append(colour(browser.find_element("css selector", "body"), "background-color"))
+        browser = open_page(inspection, scheme=scheme)
+        backgrounds.append(colour(browser.find_element("css selector", "body"), "background-color"))
         ink = colour(browser.find_element("css selector", "body"), "color")
-        assert contrast(ink, papers[-1]) > 7
+        assert contrast(ink, backgrounds[-1]) > 7
         for element in browser.find_elements("css selector", ".t"):
             assert contrast(colour(element, "color"), colour(element, "background-color")) >= 4.5
         card = colour(browser.find_element("css selector", "figure"), "background-color")
-        for quiet in browser.find_elements("css selector", "dt, small, figure p, .out .n"):
-            assert contrast(colour(quiet, "color"), card) >= 4.5
-    assert contrast(*papers) > 10
+        for element in browser.find_elements("css selector", "dt, small, figure p, .out .n"):
+            assert contrast(colour(element, "color"), card) >= 4.5
+    assert contrast(*backgrounds) > 10
 
 
-def test_injected_text_is_inert(look, hostile):
-    browser = look(hostile)
+@pytest.mark.slow
+def test_injected_text_is_inert(open_page, hostile):
+    browser = open_page(hostile)
     shown = "".join(own_text(browser, element) for element in browser.find_elements("css selector", ".t"))
     assert '<script>alert(1)</script><img src="http://127.0.0.1:9/x.png"> [bold]x[/bold] ␛[31m' in shown
     assert browser.find_elements("css selector", "script, img, em, body style") == []
     assert browser.title == "How sure was the model? – a model"
 
 
+@pytest.mark.slow
 def test_the_policy_lets_nothing_run_or_load(browser, tmp_path, hostile):
-    """If markup did get in, it could do nothing."""
+    """Markup that did get into the page would have no effect."""
     path = tmp_path / "page.html"
     evil = '<script>document.title = "ran"</script><img src="http://127.0.0.1:9/x.png"><style>body{color:red}</style>'
-    write_whole(path, page(hostile, "a model").replace("</main>", evil + "</main>"))
+    write_whole(path, render_page(hostile, "a model").replace("</main>", evil + "</main>"))
     browser.get(path.as_uri())
     assert browser.find_elements("css selector", "main img")
     assert browser.title == "How sure was the model? – a model"
     assert colour(browser.find_element("css selector", "body"), "color") != (255, 0, 0)
     refusals = " ".join(entry["message"] for entry in browser.get_log("browser"))
-    assert all(f"'{what}" in refusals or what in refusals for what in ("script", "img-src", "style-src"))
+    assert all(directive in refusals for directive in ("script", "img-src", "style-src"))
 
 
-def test_a_text_of_one_token(look, tiny):
-    one = inspect_tokens(tiny, [70])
-    browser = look(replace(one))
+@pytest.mark.slow
+def test_the_page_of_a_single_token(open_page, tiny):
+    browser = open_page(inspect_tokens(tiny.model, tiny.tokenizer, [70]))
     assert len(browser.find_elements("css selector", ".t")) == 1
     assert "–" in browser.find_element("css selector", ".totals").text
-    assert "nothing stands before it" in printed(one)
+
+
+def test_a_single_token_is_printed(tiny):
+    text = printed(inspect_tokens(tiny.model, tiny.tokenizer, [70]), color_system=None)
+    assert "no prediction for the first token" in text

@@ -1,1 +1,5 @@
-"""The commands of `llama` at a terminal, one file each."""
+"""The command `llama`: one module for each of its commands, and what they share. `run` runs a function as a program."""
+
+from llama.cli.command_line import run
+
+__all__ = ["run"]

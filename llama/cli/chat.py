@@ -1,7 +1,7 @@
 """`llama chat`: a conversation with a model.
 
-The first process has the keyboard and the conversation. What the network is asked, it tells the others: the same turns,
-and after each piece of an answer whether to go on.
+Under torchrun the first process has the keyboard and the conversation. It broadcasts each request to the others, and
+after each piece of the answer whether to stop, so that all of them make the same steps.
 """
 
 import contextlib
@@ -10,33 +10,35 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from llama.chat_format import Dialog, Message, check_dialog
-from llama.cli.command_line import build
-from llama.cli.terminal import Keyboard, show, visible
+from llama.chat_format import ChatFormat
+from llama.cli.build import build_llama
+from llama.cli.terminal import Keyboard, escape_control_characters, print_piece
+from llama.dialog import Dialog, Message, check_dialog
 from llama.distributed import is_first_rank, object_broadcaster
 from llama.errors import InputError
 from llama.files import require_path, writable_file, write_whole
 from llama.generation import Llama
 from llama.sampling_params import SamplingParams
 
-ROOM = 256  # tokens that an answer should have, or a quarter of the context if that is less
+# Tokens of the context that are kept free for an answer; a quarter of the context if that is less.
+RESERVED_FOR_ANSWER = 256
 
-HELP = """/reset              begin anew; the system message stays
-/system TEXT        set the system message; without a text, remove it
-/temperature T      how freely to draw; 0 always takes the likeliest token
-/save FILE          write the conversation, as JSON
-/load FILE          go on with a conversation that was saved
-/stats              the last answer's speed, and how much of the context is used
-/help               this
-/quit               leave, as Ctrl-D does
-Enter sends. Alt-Enter, or a backslash before Enter, begins another line. Ctrl-C stops an answer.
-A message that begins with a slash is written with two."""
+HELP = """/reset              start a new conversation; the system message stays
+/system TEXT        set the system message; without TEXT, remove it
+/temperature T      set the sampling temperature; 0 always takes the most likely token
+/save FILE          save the conversation as JSON
+/load FILE          continue a saved conversation
+/stats              show the speed of the last answer, and how much of the context is used
+/help               show this list
+/quit               leave (or type Ctrl-D)
+Enter sends a message. Alt-Enter, or a backslash before Enter, begins another line. Ctrl-C stops an answer.
+To send a message that begins with a slash, type two slashes."""
 
 
-class Turn(NamedTuple):
-    """What a model is asked for."""
+class ChatRequest(NamedTuple):
+    """What the model is asked for. `max_gen_len` is None for as many tokens as the context allows."""
 
     dialog: list[Message]
     temperature: float
@@ -44,13 +46,13 @@ class Turn(NamedTuple):
     max_gen_len: int | None
 
 
-class Reply(NamedTuple):
-    """What came of it."""
+class Answer(NamedTuple):
+    """The model's answer."""
 
     text: str
-    tokens: int
+    n_tokens: int
     seconds: float
-    ended: str  # "stop", "length", or "interrupted"
+    ended: str  # "stop", "length" or "interrupted"
 
 
 def chat(
@@ -65,92 +67,120 @@ def chat(
     max_seq_len: int | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Talk with a model. /help lists what can be typed beside messages.
+    """Talk with a model. In the conversation, /help lists the commands.
 
-    With no --ckpt_dir this runs SmolLM2-135M-Instruct, which is fetched once. For a model on several processes:
-    torchrun --nproc_per_node N -m llama chat --ckpt_dir ...
+    To run a model on several processes: torchrun --nproc_per_node N -m llama chat --ckpt_dir ...
 
     Args:
-        ckpt_dir: the checkpoint of a chat model: a folder in Meta's or Hugging Face's layout, or a GGUF file
-        tokenizer_path: the tokenizer's file, where it isn't with the checkpoint
-        system: a system message: how the model should behave
-        temperature: how freely to draw; 0 always takes the likeliest token
-        top_p: draw from the likeliest tokens that together have this probability
-        max_gen_len: longest answer, in tokens; by default as long as the context allows
-        seed: a number; the same one draws the same tokens again
-        max_seq_len: the context: what is remembered of the conversation, in tokens; by default 4096, or what the model
-            was made for if that is less
-        dtype: float32, float16 or bfloat16; by default bfloat16 where the machine computes in it
+        ckpt_dir: the checkpoint of a chat model: a folder in Meta's or Hugging Face's layout, or a GGUF file; by
+            default SmolLM2-135M-Instruct, which is downloaded once
+        tokenizer_path: the tokenizer file; by default the one that comes with the checkpoint
+        system: system message: how the model should behave
+        temperature: sampling temperature; 0 always takes the most likely token
+        top_p: sample only from the most likely tokens that together reach this probability (nucleus sampling)
+        max_gen_len: maximum number of tokens of an answer; by default as many as the context allows
+        seed: random seed: the same seed samples the same tokens; by default a different one each time
+        max_seq_len: size of the context: how many tokens of the conversation the model sees; by default 4096, or the
+            model's own maximum if that is smaller
+        dtype: float32, float16 or bfloat16; by default bfloat16 if the device supports it, else float16 on CUDA and
+            float32 on the CPU
     """
-    SamplingParams(
-        1 if max_gen_len is None else max_gen_len, temperature, top_p
-    )  # before the model takes its time to load
-    llama = build(ckpt_dir, tokenizer_path, max_seq_len, dtype, seed)
-    llama.formatter  # noqa: B018 - a model without a chat format is refused now
-    tell = object_broadcaster()
+    # Checks the options before the model is loaded, which may take minutes.
+    SamplingParams(1 if max_gen_len is None else max_gen_len, temperature, top_p, seed=seed)
+    llama = build_llama(ckpt_dir, tokenizer_path, max_seq_len, dtype, seed)
+    formatter = cast(ChatFormat, llama.formatter)  # raises InputError if the model has no chat format
+    broadcast_object = object_broadcaster()
     if not is_first_rank():
-        while (turn := tell(None)) is not None:
+        while (request := broadcast_object(None)) is not None:
             try:
-                answer(llama, turn, tell, lambda: False)
+                answer(llama, request, broadcast_object, lambda: False)
             except (InputError, ArithmeticError):
-                continue  # the first process says so
+                continue  # the first process reports it
         return
     try:
         with Keyboard() as keyboard:
-            conversation = Conversation(llama, keyboard, tell, Turn([], temperature, top_p, max_gen_len))
+            settings = ChatRequest([], temperature, top_p, max_gen_len)
+            conversation = Conversation(llama, formatter, keyboard, broadcast_object, settings)
             if system is not None:
-                conversation.command(f"/system {system}")
+                conversation.execute(f"/system {system}")
             conversation.run()
     finally:
-        tell(None)
+        broadcast_object(None)
 
 
-def answer(llama: Llama, turn: Turn, tell: Callable[[Any], Any], interrupted: Callable[[], bool]) -> Reply:
-    """Show a model's answer as it comes, until its end, or until `interrupted()`, which is asked after each piece.
+def answer(
+    llama: Llama,
+    request: ChatRequest,
+    broadcast_object: Callable[[Any], Any],
+    interrupted: Callable[[], bool],
+) -> Answer:
+    """Print a model's answer while it is generated, to its end or until `interrupted()`, which is called per piece.
 
-    Every process stops at the same piece, whatever goes wrong on the first: the next thing they are told is a turn.
+    Every process takes the same pieces, and stops at the same one whatever goes wrong on the first, so that the next
+    object that is broadcast is a request for all of them.
     """
-    text, tokens, ended = "", 0, "interrupted"
+    text, n_tokens, ended = "", 0, "interrupted"
     begin = time.monotonic()
     stream = llama.chat_completion_stream(
-        [turn.dialog], turn.temperature, turn.top_p, turn.max_gen_len, reuse_cache=True
+        [request.dialog], request.temperature, request.top_p, request.max_gen_len, reuse_cache=True
     )
-    with contextlib.suppress(KeyboardInterrupt):  # where Ctrl-C is no key
+    with contextlib.suppress(KeyboardInterrupt):  # raised by Ctrl-C where standard input is no terminal, or on Windows
         for piece in stream:
             text += piece.text
-            tokens += piece.token is not None
+            n_tokens += piece.token is not None
             ended = piece.ended or ended
-            failure = None
+            output_error = None
             try:
-                show(piece.text)
-            except OSError as error:  # nobody reads it any more
-                failure = error
-            stop = tell(failure is not None or interrupted())
-            if failure is not None:
-                raise failure
+                print_piece(piece.text)
+            except OSError as error:  # such as a closed pipe
+                output_error = error
+            stop = broadcast_object(output_error is not None or interrupted())
+            if output_error is not None:
+                raise output_error
             if stop:
                 break
-    return Reply(text, tokens, time.monotonic() - begin, ended)
+    return Answer(text, n_tokens, time.monotonic() - begin, ended)
 
 
 class Conversation:
-    """A dialog, and what is typed to go on with it."""
+    """A dialog with a model, and the commands that change it.
 
-    def __init__(self, llama: Llama, keyboard: Keyboard, tell: Callable[[Any], Any], settings: Turn) -> None:
-        self.llama, self.keyboard, self.tell = llama, keyboard, tell
+    Args:
+        llama: the model.
+        formatter: its chat format.
+        keyboard: where the user's messages and commands come from.
+        broadcast_object: gives an object to all processes.
+        settings: the options of every request; its dialog is not used.
+    """
+
+    def __init__(
+        self,
+        llama: Llama,
+        formatter: ChatFormat,
+        keyboard: Keyboard,
+        broadcast_object: Callable[[Any], Any],
+        settings: ChatRequest,
+    ) -> None:
+        self.llama, self.formatter = llama, formatter
+        self.keyboard, self.broadcast_object = keyboard, broadcast_object
         self.settings = settings
         self.dialog: list[Message] = []
-        self.last: Reply | None = None
-        self.used = 0  # tokens of the context, after the last answer
-        self.left_out = 0  # of the dialog's messages, since they don't fit the context any more
-        self.files: set[Path] = set()  # that this conversation was saved to or loaded from
+        self.last_answer: Answer | None = None
+        self.used_tokens = 0  # tokens in the context after the last answer
+        self.n_dropped = 0  # oldest messages of the dialog that the model no longer sees
+        self.own_files: set[Path] = set()  # which this conversation was saved to or loaded from, and may overwrite
+
+    @property
+    def max_seq_len(self) -> int:
+        """The size of the context in tokens."""
+        return self.llama.model.params.max_seq_len
 
     def run(self) -> None:
-        """RowOutput until the person leaves."""
-        say(f"A context of {self.llama.model.params.max_seq_len} tokens. /help lists what can be typed.")
+        """Answer messages and execute commands until the user leaves."""
+        notify(f"The context has {self.max_seq_len} tokens. /help lists the commands.")
         while True:
             try:
-                line = self.keyboard.read()
+                line = self.keyboard.read_message()
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -159,135 +189,143 @@ class Conversation:
                 if line.startswith("/") and not line.startswith("//"):
                     if line.strip() == "/quit":
                         return
-                    try:
-                        self.command(line)
-                    except (ValueError, OSError) as error:  # of files, too
-                        say(f"error: {error}")
+                    self.execute_or_report(line)
                 elif line.strip():
-                    self.say_to_model(line[line.startswith("//") :])
+                    self.send(line[line.startswith("//") :])
             except (InputError, ArithmeticError) as error:
-                say(f"error: {error}")
+                notify(f"error: {error}")
 
-    def say_to_model(self, message: str) -> None:
-        """One turn: a message and its answer. If there is no answer, the message isn't kept either."""
+    def send(self, message: str) -> None:
+        """Send a message and print the answer. A message that gets no answer is removed from the dialog again."""
         self.dialog.append({"role": "user", "content": message})
-        reply = None
+        answered = False
         try:
-            turn = self.settings._replace(dialog=self.fit())
-            self.tell(turn)
+            request = self.settings._replace(dialog=self.visible_dialog())
+            self.broadcast_object(request)
             try:
-                reply = answer(self.llama, turn, self.tell, self.keyboard.interrupted)
+                reply = answer(self.llama, request, self.broadcast_object, self.keyboard.interrupted)
             finally:
                 print(flush=True)
+            answered = bool(reply.text)
         finally:
-            if reply is None or not reply.text:
+            if not answered:
                 self.dialog.pop()
-        self.last, self.used = reply, self._length(turn.dialog) + reply.tokens
-        if reply.text:
+        self.last_answer, self.used_tokens = reply, self._prompt_length(request.dialog) + reply.n_tokens
+        if answered:
             self.dialog.append({"role": "assistant", "content": reply.text})
         else:
-            say("(no answer; the message is not kept)")
+            notify("(no answer; the message is not kept)")
         if reply.ended == "interrupted":
-            say("(stopped)")
-        elif reply.ended == "length" and reply.tokens == turn.max_gen_len:
-            say(f"(cut: max_gen_len={turn.max_gen_len})")
+            notify("(stopped)")
+        elif reply.ended == "length" and reply.n_tokens == request.max_gen_len:
+            notify(f"(the answer ends at max_gen_len={request.max_gen_len})")
         elif reply.ended == "length":
-            say(f"(cut: the context of {self.llama.model.params.max_seq_len} tokens is full)")
+            notify(f"(the answer ends where the context of {self.max_seq_len} tokens is full)")
 
-    def fit(self) -> list[Message]:
-        """The dialog, without as many of its oldest turns as leave no room for an answer.
+    def visible_dialog(self) -> list[Message]:
+        """Return the dialog without its oldest messages, as many as must go to leave enough tokens for an answer.
 
         Raises:
-            InputError: even the last message alone doesn't fit, or the chat format refuses the dialog.
+            InputError: even the last message alone is too long, or the chat format refuses the dialog.
         """
-        longest = self.llama.model.params.max_seq_len
-        room = min(ROOM, longest // 4)
-        refusal = self.llama.formatter.refusal(self.dialog)
+        reserved = min(RESERVED_FOR_ANSWER, self.max_seq_len // 4)
+        refusal = self.formatter.refusal(self.dialog)
         if refusal is not None:
             raise InputError(f"{refusal} The message is not kept")
-        first = int(self.dialog[0]["role"] == "system")  # which stays
-        left_out = self.left_out
+        n_system = int(self.dialog[0]["role"] == "system")  # a system message is never dropped
+        n_dropped = self.n_dropped
         while True:
-            kept = self.dialog[:first] + self.dialog[first + left_out :]
-            used = self._length(kept)
-            if used + room <= longest or len(kept) <= first + 1:
+            visible = self.dialog[:n_system] + self.dialog[n_system + n_dropped :]
+            length = self._prompt_length(visible)
+            if length + reserved <= self.max_seq_len or len(visible) <= n_system + 1:
                 break
-            left_out += min(2, len(kept) - first - 1)
-        if used >= longest:
-            raise InputError(f"the message makes {used} tokens, and the context has {longest}; it is not kept")
-        if left_out > self.left_out:
-            say(f"(the context is full: the model no longer sees the first {left_out} messages)")
-        self.left_out = left_out
-        return kept
+            n_dropped += min(2, len(visible) - n_system - 1)
+        if length >= self.max_seq_len:
+            raise InputError(
+                f"the message takes {length} tokens, but the context has only {self.max_seq_len}; it is not kept"
+            )
+        if n_dropped > self.n_dropped:
+            notify(f"(the context is full: the model no longer sees the first {n_dropped} messages)")
+        self.n_dropped = n_dropped
+        return visible
 
-    def _length(self, dialog: Dialog) -> int:
-        return len(self.llama.formatter.encode_dialog_prompt(dialog))
+    def _prompt_length(self, dialog: Dialog) -> int:
+        return len(self.formatter.encode_dialog_prompt(dialog))
 
-    def command(self, line: str) -> None:
-        """Do what a line that begins with a slash says."""
-        name, rest = [*line.strip().split(None, 1), ""][:2]
+    def execute_or_report(self, line: str) -> None:
+        """Execute a command; print what is wrong with it, or with the file that it names."""
+        try:
+            self.execute(line)
+        except (ValueError, OSError) as error:
+            notify(f"error: {error}")
+
+    def execute(self, line: str) -> None:
+        """Execute a command: a line that begins with a slash."""
+        name, argument = [*line.strip().split(None, 1), ""][:2]
         if name == "/help":
-            say(HELP)
+            notify(HELP)
         elif name == "/reset":
-            self._replace([message for message in self.dialog[:1] if message["role"] == "system"])
-            say("(a new conversation)")
+            self._replace_dialog([message for message in self.dialog[:1] if message["role"] == "system"])
+            notify("(a new conversation)")
         elif name == "/system":
             others = [message for message in self.dialog if message["role"] != "system"]
-            self._replace([{"role": "system", "content": rest}, *others] if rest else others)
-            say("(the system message is set)" if rest else "(there is no system message)")
+            self._replace_dialog([{"role": "system", "content": argument}, *others] if argument else others)
+            notify("(the system message is set)" if argument else "(there is no system message)")
         elif name == "/temperature":
-            self._set_temperature(rest)
+            self._set_temperature(argument)
         elif name == "/save":
-            self._save(rest)
+            self._save(argument)
         elif name == "/load":
-            self._load(rest)
+            self._load(argument)
         elif name == "/stats":
-            self._stats()
+            self._print_stats()
         else:
-            raise InputError(f"{name!r} is no command; /help lists those there are. Two slashes begin a message")
+            raise InputError(f"{name!r} is not a command; /help lists them. Two slashes begin a message")
 
-    def _replace(self, dialog: list[Message]) -> None:
-        self.dialog, self.left_out, self.used = dialog, 0, 0
+    def _replace_dialog(self, dialog: list[Message]) -> None:
+        self.dialog, self.n_dropped, self.used_tokens = dialog, 0, 0
 
     def _set_temperature(self, value: str) -> None:
         try:
             temperature = float(value)
         except ValueError:
             raise InputError(f"temperature={value!r} must be a number of at least 0") from None
-        SamplingParams(1, temperature)  # which refuses what is out of range
+        SamplingParams(1, temperature)  # checks the range
         self.settings = self.settings._replace(temperature=temperature)
-        say(f"(temperature {temperature:g})")
+        notify(f"(temperature {temperature:g})")
 
     def _save(self, name: str) -> None:
         path = writable_file(name, "the file to save to")
-        if path.exists() and path not in self.files:
+        if path.exists() and path not in self.own_files:
             raise InputError(f"{path} is there already; give the name of a new file")
         write_whole(path, json.dumps(self.dialog, indent=1, ensure_ascii=False) + "\n")
-        self.files.add(path)
-        say(f"(saved {len(self.dialog)} messages to {path})")
+        self.own_files.add(path)
+        notify(f"(saved {len(self.dialog)} messages to {path})")
 
     def _load(self, name: str) -> None:
         path = require_path(name, "the file to load").absolute()
         try:
             dialog = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} is no saved conversation: {error}") from None
+            raise InputError(f"{path} is not a saved conversation: {error}") from None
         if dialog != []:
             check_dialog(dialog)
-            self._length(
-                [*dialog, {"role": "user", "content": "?"}]
-            )  # an order that the format refuses, is refused now
-        self._replace(dialog)
-        self.files.add(path)
-        say(f"(loaded {len(dialog)} messages from {path})")
+            # Raises now, and not at the next message, if the chat format doesn't support this order of roles.
+            self._prompt_length([*dialog, {"role": "user", "content": "?"}])
+        self._replace_dialog(dialog)
+        self.own_files.add(path)
+        notify(f"(loaded {len(dialog)} messages from {path})")
 
-    def _stats(self) -> None:
-        say(f"context: {self.used} of {self.llama.model.params.max_seq_len} tokens")
-        if self.last is not None and self.last.seconds:
-            rate = self.last.tokens / self.last.seconds
-            say(f"last answer: {self.last.tokens} tokens in {self.last.seconds:.1f} s, {rate:.1f} tokens/s")
+    def _print_stats(self) -> None:
+        notify(f"context: {self.used_tokens} of {self.max_seq_len} tokens")
+        if self.last_answer is not None and self.last_answer.seconds:
+            rate = self.last_answer.n_tokens / self.last_answer.seconds
+            notify(
+                f"last answer: {self.last_answer.n_tokens} tokens in {self.last_answer.seconds:.1f} s, "
+                f"{rate:.1f} tokens/s"
+            )
 
 
-def say(text: str) -> None:
-    """Tell the person something, beside what the model says."""
-    print(visible(text), file=sys.stderr, flush=True)
+def notify(text: str) -> None:
+    """Print a message of this program itself, apart from what the model writes: on standard error."""
+    print(escape_control_characters(text), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Running functions from the command line, with fire."""
+"""Running functions as programs: a function's signature and docstring become its options and its help (with fire)."""
 
 import contextlib
 import difflib
@@ -8,180 +8,163 @@ import io
 import logging
 import os
 import re
-import secrets
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import fire
 from fire import core, decorators, helptext, trace
 
-from llama.checkpoint import open_checkpoint
-from llama.cli.terminal import visible
-from llama.default_model import default_checkpoint
-from llama.device import dtype_named
+from llama.cli.terminal import escape_control_characters
 from llama.errors import DownloadError, InputError
-from llama.generation import Llama
 
 Command = Callable[..., None]
 
 
-class _Call:
-    """A call that is still to be made. (Its parts are private, so that fire takes no word for one of them.)"""
-
-    def __init__(self, make: Callable[[], None]) -> None:
-        self._make = make
-
-
-CONTEXT = 4096  # tokens, where nothing is said of it
-
-
-def build(
-    ckpt_dir: str | None, tokenizer_path: str | None, max_seq_len: int | None, dtype: str | None, seed: int | None
-) -> Llama:
-    """`Llama.build` for one row, with what a command line says.
-
-    Args:
-        ckpt_dir: None for the default model.
-        max_seq_len: None for `CONTEXT`, or less if the model was made for less.
-        dtype: by name.
-        seed: None for another one each time.
-    """
-    chosen = dtype_named(dtype)
-    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**64):
-        raise InputError(f"seed={seed!r} must be a whole number of at least 0, and below 2**64")
-    checkpoint = open_checkpoint(default_checkpoint() if ckpt_dir is None else ckpt_dir)
-    if max_seq_len is None:
-        max_seq_len = min(CONTEXT, checkpoint.settings.params.get("max_position_embeddings") or CONTEXT)
-    return Llama.build(
-        checkpoint,
-        tokenizer_path,
-        max_seq_len,
-        max_batch_size=1,
-        seed=secrets.randbits(63) if seed is None else seed,
-        dtype=chosen,
-    )
-
-
-class _Visible(logging.Formatter):
-    """Messages may hold names that come from files: none of them steers the terminal."""
+class EscapingFormatter(logging.Formatter):
+    """Escapes control characters, since a message may quote a file, and must not be able to control the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
+        return escape_control_characters(super().format(record))
 
 
-def run(component: Command | Mapping[str, Command], name: str | None = None, words: list[str] | None = None) -> None:
-    """Call a function with the words of the command line; its signature and docstring make the options and `--help`.
+def run(component: Command | Mapping[str, Command], name: str | None = None, args: list[str] | None = None) -> None:
+    """Call a function with the arguments of the command line.
 
-    Unlike `fire.Fire`, this refuses an unknown option before the function begins its work, not after. What goes wrong
-    ends the program with one line on standard error, and exit code 1, or 2 if the words of the command line are wrong;
-    with `--debug` there is a traceback, too. Log messages go to standard error. The value of a parameter that may be a
-    `str` is what was typed; others are read as Python reads them. A parameter that is named after a word of Python's,
-    such as `from_`, is given without the underscore.
+    Unlike `fire.Fire`, this rejects an unknown option before it calls the function, not after. The value of a parameter
+    whose type includes `str` is the argument as it was typed; other values are parsed as Python literals. A parameter
+    named after a Python keyword, such as `from_`, becomes an option without the underscore, `--from`.
+
+    An error ends the program with one line on standard error and exit code 1, or 2 if the command line itself is wrong;
+    with `--debug`, its traceback is printed too. Log messages go to standard error.
 
     Args:
-        component: a function, or functions by the names of their commands.
-        name: of the program, for the help; by default, the script's.
-        words: the command line; by default, the program's.
+        component: a function, or a mapping from command names to functions.
+        name: the program's name in help and errors; by default the name of the script.
+        args: the arguments; by default those of the program.
     """
-    words = sys.argv[1:] if words is None else list(words)
-    debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
+    args = sys.argv[1:] if args is None else args
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
     name = name or os.path.basename(sys.argv[0])
-    if isinstance(component, Mapping) and words and not words[0].startswith("-"):
-        if words[0] not in component:
-            wrong(f"{words[0]!r} is no command of {name}", words[0], component)
-        component, name = component[words[0]], f"{name} {words.pop(0)}"
-    if isinstance(component, Mapping) or {"-h", "--help"} & set(words):
-        if words and not {"-h", "--help"} & set(words):
-            wrong(f"{words[0]} comes after a command of {name}", words[0], component)
+    if isinstance(component, Mapping) and args and not args[0].startswith("-"):
+        if args[0] not in component:
+            exit_with_usage_error(f"{args[0]!r} is not a command of {name}", args[0], component)
+        component, name = component[args[0]], f"{name} {args.pop(0)}"
+    if isinstance(component, Mapping) or {"-h", "--help"} & set(args):
+        if args and not {"-h", "--help"} & set(args):
+            exit_with_usage_error(f"{args[0]} must come after a command of {name}")
         print(help_text(component, name))
         return
-    for stream in (sys.stdin, sys.stdout, sys.stderr):  # what an encoding lacks is no reason to end
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Visible("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    call = parse(component, name, words)
+    set_up_streams()
+    call = bind(component, name, args)
     try:
-        call._make()
+        call()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whoever reads our output has enough
+    except BrokenPipeError:  # the program that reads our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
         if debug:
             traceback.print_exc()
-        ours = isinstance(error, InputError | DownloadError | MemoryError | OSError | ArithmeticError)
-        kind = "" if ours else f"{type(error).__name__}: "
-        sys.exit(visible(f"error: {kind}{error}") + ("" if ours or debug else " (--debug shows where)"))
+        expected = isinstance(error, InputError | DownloadError | MemoryError | OSError | ArithmeticError)
+        kind = "" if expected else f"{type(error).__name__}: "
+        hint = "" if expected or debug else " (--debug shows where)"
+        sys.exit(escape_control_characters(f"error: {kind}{error}") + hint)
 
 
-def parse(function: Command, name: str, words: list[str]) -> _Call:
-    """The call of a function that the words of a command line ask for."""
+def set_up_streams() -> None:
+    """Log to standard error, and let neither malformed input nor the output's encoding raise UnicodeError."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
+    handler = logging.StreamHandler()
+    handler.setFormatter(EscapingFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def bind(function: Command, name: str, args: list[str]) -> Callable[[], None]:
+    """Parse the arguments of a command line into a call of a function, without calling it.
+
+    Args:
+        function: the function to call.
+        name: the program's name, for error messages.
+        args: the arguments; if they don't fit the function, the program ends with exit code 2.
+    """
     parameters = inspect.signature(function).parameters
     for parameter in parameters:
         if parameter.endswith("_"):
             option = "--" + parameter.removesuffix("_")
-            words = [re.sub(rf"^{option}(?=$|=)", f"{option}_", word) for word in words]
+            args = [re.sub(rf"^{option}(?=$|=)", f"{option}_", arg) for arg in args]
+    types = {key: str(parameter.annotation) for key, parameter in parameters.items()}
+    args = list(with_explicit_values(name, args, types))
+    calls: list[Callable[[], None]] = []
 
     @functools.wraps(function)
-    def prepare(*args: Any, **options: Any) -> _Call:
-        return _Call(functools.partial(function, *args, **options))
+    def record_call(*positional: Any, **options: Any) -> None:
+        calls.append(functools.partial(function, *positional, **options))
 
-    kinds = {key: str(parameter.annotation) for key, parameter in parameters.items()}
-    words = [*spell_out(name, words, kinds)]
-    decorators.SetParseFn(str, *(key for key, kind in kinds.items() if "str" in kind))(prepare)
-    said = io.StringIO()
+    decorators.SetParseFn(str, *(key for key, type_name in types.items() if "str" in type_name))(record_call)
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            call: _Call = fire.Fire(prepare, command=words, name=name, serialize=lambda result: None)
-    except core.FireExit as exit:
-        (result,) = exit.trace.elements[-1:]
-        problem = result.ErrorAsStr() if result.HasError() else said.getvalue().splitlines()[0]
+        with contextlib.redirect_stderr(printed):
+            fire.Fire(record_call, command=args, name=name, serialize=lambda result: None)
+    except core.FireExit as fire_exit:
+        failed = fire_exit.trace.elements[-1]
+        problem = failed.ErrorAsStr() if failed.HasError() else printed.getvalue().splitlines()[0]
         problem = re.sub(r"(\w+)_$", r"\1", problem)
         unknown = re.match(r"Could not consume arg: (.*)", problem)
-        word = "" if unknown is None else unknown[1]
         if unknown is None:
-            wrong(f"{name}: {problem}", "", parameters)
-        wrong(f"{name} has no use for {word!r}", word, [f"--{key.rstrip('_')}" for key in parameters])
-    return call
+            exit_with_usage_error(f"{name}: {problem}")
+        kind = "unknown option" if unknown[1].startswith("-") else "unexpected argument"
+        options = [f"--{key.rstrip('_')}" for key in parameters]
+        exit_with_usage_error(f"{name}: {kind} {unknown[1]!r}", unknown[1], options)
+    return calls[0]
 
 
-def spell_out(name: str, words: list[str], kinds: Mapping[str, str]) -> Iterator[str]:
-    """A command line on which every option has its value, since fire takes the next word for it, or True.
+def with_explicit_values(name: str, args: list[str], types: Mapping[str, str]) -> Iterator[str]:
+    """Give every option of a command line an explicit value.
+
+    This is needed because fire takes the argument after an option for its value, or else the value True.
 
     Args:
-        kinds: the types of the options, by name.
+        name: the program's name, for the error where an option lacks its value.
+        args: the arguments.
+        types: the type annotation of each option, by its name.
     """
-    for word, following in zip(words, [*words[1:], "--"], strict=False):
-        option = word.removeprefix("--") if word.startswith("--") else ""
-        if "bool" in kinds.get(option, "") and following.lower() not in ("true", "false"):
-            yield f"{word}=True"
-        elif option in kinds and "bool" not in kinds[option] and following.startswith("--"):
-            wrong(f"{name}: --{option.rstrip('_')} needs a value", "", ())
+    for arg, following in zip(args, [*args[1:], "--"], strict=False):
+        option = arg.removeprefix("--") if arg.startswith("--") else ""
+        if "bool" in types.get(option, "") and following.lower() not in ("true", "false"):
+            yield f"{arg}=True"
+        elif option in types and "bool" not in types[option] and following.startswith("--"):
+            exit_with_usage_error(f"{name}: --{option.rstrip('_')} needs a value")
         else:
-            yield word
+            yield arg
 
 
-def wrong(message: str, word: str, known: Any) -> NoReturn:
-    """End the program with exit code 2, because of a word on the command line; `known` are those there are."""
-    close = difflib.get_close_matches(word.split("=")[0], list(known), 1)
-    print(f"error: {message}; " + (f"did you mean {close[0]}?" if close else "see --help"), file=sys.stderr)
+def exit_with_usage_error(message: str, typed: str = "", known: Iterable[str] = ()) -> NoReturn:
+    """End the program with exit code 2 because of a wrong command line.
+
+    Args:
+        message: what is wrong.
+        typed: the wrong argument; the most similar name among `known` is suggested.
+        known: the names there are.
+    """
+    similar = difflib.get_close_matches(typed.split("=")[0], list(known), 1)
+    hint = f"did you mean {similar[0]}?" if similar else "see --help"
+    print(f"error: {message}; {hint}", file=sys.stderr)
     sys.exit(2)
 
 
 def help_text(component: Command | Mapping[str, Command], name: str) -> str:
-    """What `--help` prints: fire's text, with names and types as people write them."""
+    """Return the text of `--help`: fire's, with types as they are written in code, and options without underscores."""
     text: str = helptext.HelpText(component, trace=trace.FireTrace(component, name=name)).replace(f"'{name}'", name)
     text = re.sub(r"(?<=--)(\w+)_(?=\W)|\b([A-Z]+)_(?=\W)", lambda match: match[1] or match[2], text)
-    text = (
-        re.sub(r"(?<=Type: )Optional\[(.*)\]", r"\1", text).replace(" | None\n", "\n").replace("pathlib.Path", "Path")
-    )
-    text = text.replace("Type: Optional\n", "Type: str\n")
+    text = re.sub(r"(?<=Type: )Optional\[(.*)\]", r"\1", text)
+    text = text.replace(" | None\n", "\n").replace("pathlib.Path", "Path").replace("Type: Optional\n", "Type: str\n")
+    text = text.replace("    -h, --", "    --")  # fire's abbreviation of an option, but here -h is --help
     if isinstance(component, Mapping):
-        text += f"\n\n{name} COMMAND --help tells more. With --debug, an error comes with a traceback."
+        text += f"\n\n{name} COMMAND --help describes a command. --debug adds a traceback to an error message."
     return text

@@ -1,11 +1,10 @@
-"""`llama complete`: a text, continued."""
+"""`llama complete`: continues a text."""
 
 import json as json_format
-from typing import Any
 
-from llama.cli.command_line import build
-from llama.cli.terminal import show, text_given
-from llama.sampling_params import SamplingParams
+from llama.cli.build import build_llama
+from llama.cli.terminal import print_piece, text_or_stdin
+from llama.sampling_params import SamplingOptions, SamplingParams
 
 
 def complete(
@@ -23,37 +22,38 @@ def complete(
     dtype: str | None = None,
     json: bool = False,
 ) -> None:
-    """Continue a text, and show what comes as it comes.
+    """Continue a text, printing the continuation while it is generated.
 
-    For example: llama complete "The sun rises", or in a pipe: llama complete < text. With no --ckpt_dir this runs
-    SmolLM2-135M-Instruct, which is fetched once.
+    For example: llama complete "The sun rises", or with a file: llama complete < FILE
 
     Args:
-        text: the text, in quotes (one that begins with dashes after --text=); without it, standard input is read
-        ckpt_dir: a checkpoint: a folder in Meta's or Hugging Face's layout, or a GGUF file
-        tokenizer_path: the tokenizer's file, where it isn't with the checkpoint
-        max_gen_len: most tokens to add
-        temperature: how freely to draw; 0 always takes the likeliest token
-        top_p: draw from the likeliest tokens that together have this probability
-        top_k: draw from this many of the likeliest tokens
-        stop: a text to stop before
-        seed: a number; the same one draws the same tokens again
-        max_seq_len: room for text and continuation, in tokens; by default 4096, or what the model was made for if that
-            is less
-        dtype: float32, float16 or bfloat16; by default bfloat16 where the machine computes in it
-        json: print one JSON object instead, with prompt, generation, tokens and logprobs
+        text: the text, in quotes; by default standard input. (--text="--…" for a text that begins with dashes)
+        ckpt_dir: the checkpoint: a folder in Meta's or Hugging Face's layout, or a GGUF file; by default
+            SmolLM2-135M-Instruct, which is downloaded once
+        tokenizer_path: the tokenizer file; by default the one that comes with the checkpoint
+        max_gen_len: maximum number of new tokens
+        temperature: sampling temperature; 0 always takes the most likely token
+        top_p: sample only from the most likely tokens that together reach this probability (nucleus sampling)
+        top_k: sample only from this many of the most likely tokens
+        stop: a text at which generation stops; it is not part of the output
+        seed: random seed: the same seed samples the same tokens; by default a different one each time
+        max_seq_len: maximum number of tokens of text and continuation together; by default 4096, or the model's own
+            maximum if that is smaller
+        dtype: float32, float16 or bfloat16; by default bfloat16 if the device supports it, else float16 on CUDA and
+            float32 on the CPU
+        json: print one JSON object instead, with the keys prompt, generation, tokens and logprobs
     """
-    prompt = text_given(text)
-    how: dict[str, Any] = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
-    how |= {"top_k": top_k, "stop": stop}
-    SamplingParams(**how)  # refuses what is out of range, before the model takes its time to load
-    llama = build(ckpt_dir, tokenizer_path, max_seq_len, dtype, seed)
+    prompt = text_or_stdin(text)
+    options: SamplingOptions = {"top_k": top_k, "stop": stop}
+    # Checks the options before the model is loaded, which may take minutes.
+    SamplingParams(max_gen_len, temperature, top_p, top_k=top_k, stop=stop, seed=seed)
+    llama = build_llama(ckpt_dir, tokenizer_path, max_seq_len, dtype, seed)
     if json:
-        (prediction,) = llama.text_completion([prompt], logprobs=True, **how)
+        (prediction,) = llama.text_completion([prompt], temperature, top_p, max_gen_len, logprobs=True, **options)
         print(json_format.dumps({"prompt": prompt, **prediction}, ensure_ascii=False))
         return
     try:
-        for piece in llama.text_completion_stream([prompt], **how):
-            show(piece.text)
+        for piece in llama.text_completion_stream([prompt], temperature, top_p, max_gen_len, **options):
+            print_piece(piece.text)
     finally:
         print(flush=True)

@@ -1,24 +1,27 @@
-"""`llama inspect`: how sure a model was of a text, token by token."""
+"""`llama inspect`: how likely a model found each token of a text, on the terminal or as a page."""
 
 from pathlib import Path
+from typing import cast
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text as Styled
+from rich.text import Text as StyledText
 
-from llama.cli.command_line import build
-from llama.cli.inspect_format import LEGEND, figures, level, percent, readable, settings
-from llama.cli.inspect_page import page
-from llama.cli.inspection import Inspection, Reshaped, Token, inspect_tokens
-from llama.cli.terminal import text_given
+from llama.cli.build import build_llama
+from llama.cli.inspect_format import LEGEND, figures, format_settings, percent, readable, surprise_level
+from llama.cli.inspect_page import render_page
+from llama.cli.terminal import text_or_stdin
+from llama.cli.token_statistics import Inspection, SamplingDistribution, TokenStatistics, inspect_tokens
 from llama.default_model import default_checkpoint
 from llama.distributed import is_first_rank
 from llama.errors import InputError
 from llama.files import writable_file, write_whole
-from llama.sampling_params import SamplingParams, check_count
+from llama.model import Transformer
+from llama.sampling_params import SamplingParams, check_number
+from llama.tokenizer import Tokenizer
 
-# The page's colours, from an expected token to a surprising one. Both colours are set, so that any terminal will do.
-COLOURS = (
+# The style of each surprise level, in the colours of the page. Each sets text and background, to suit any terminal.
+STYLES = (
     "",
     "#22252a on #fdf0d8",
     "#22252a on #fbdfae",
@@ -26,7 +29,7 @@ COLOURS = (
     "#22252a on #f1a763",
     "#22252a on #e98558",
 )
-WIDEST = 15  # cells of a token's text in a table
+TOKEN_WIDTH = 15  # maximum width of a token's text in a table, in terminal cells
 
 
 def inspect(
@@ -44,143 +47,167 @@ def inspect(
     alternatives: int = 5,
     html: str | None = None,
 ) -> None:
-    """Show how sure a model was of each token of a text, and what it would say next.
+    """Show how likely a model finds each token of a text, and which tokens may come next.
 
-    With no --ckpt_dir this asks SmolLM2-135M-Instruct, which is fetched once. In a pipe: llama inspect < text
+    For example: llama inspect "The sun rises", or with a file: llama inspect < FILE
 
     Args:
-        text: the text, in quotes; without it, standard input is read
-        ckpt_dir: a checkpoint: a folder in Meta's or Hugging Face's layout, or a GGUF file
-        tokenizer_path: the tokenizer's file, where it isn't with the checkpoint
-        max_gen_len: continue the text by at most this many tokens, and show those, too
-        temperature: how freely to draw; 0 always takes the likeliest token
-        top_p: draw from the likeliest tokens that together have this probability
-        top_k: draw from this many of the likeliest tokens
-        seed: a number; the same one draws the same tokens again
-        max_seq_len: room for text and continuation, in tokens; by default 4096, or what the model was made for if that
-            is less
-        dtype: float32, float16 or bfloat16; by default bfloat16 where the machine computes in it
-        alternatives: how many of the likeliest tokens to show at each place
-        html: write a page that shows it all to this file, and not to the terminal
+        text: the text, in quotes; by default standard input
+        ckpt_dir: the checkpoint: a folder in Meta's or Hugging Face's layout, or a GGUF file; by default
+            SmolLM2-135M-Instruct, which is downloaded once
+        tokenizer_path: the tokenizer file; by default the one that comes with the checkpoint
+        max_gen_len: maximum number of new tokens to generate after the text and to show with it
+        temperature: sampling temperature; 0 always takes the most likely token
+        top_p: sample only from the most likely tokens that together reach this probability (nucleus sampling)
+        top_k: sample only from this many of the most likely tokens
+        seed: random seed: the same seed samples the same tokens; by default a different one each time
+        max_seq_len: maximum number of tokens of text and continuation together; by default 4096, or the model's own
+            maximum if that is smaller
+        dtype: float32, float16 or bfloat16; by default bfloat16 if the device supports it, else float16 on CUDA and
+            float32 on the CPU
+        alternatives: how many of the most likely tokens to list at each position
+        html: write an HTML page to this file, instead of printing to the terminal
     """
-    # What can be refused is refused before the model takes its time to load.
+    # Checks the options before the model is loaded, which may take minutes.
     SamplingParams(max_gen_len, temperature, top_p, top_k=top_k, seed=seed)
-    check_count("alternatives", alternatives, 1)
+    check_number("alternatives", alternatives, 1, integer=True)
     file = None if html is None else writable_file(html, "html")
-    prompt = text_given(text)
+    prompt = text_or_stdin(text)
     checkpoint = str(default_checkpoint()) if ckpt_dir is None else ckpt_dir
-    llama = build(checkpoint, tokenizer_path, max_seq_len, dtype, seed)
-    ids = llama.tokenizer.encode(prompt, bos=llama.tokenizer.add_bos, eos=False)
-    if not ids:
-        raise InputError(f"text={prompt!r} has no tokens; give one that has")
-    (new,), _ = llama.generate([ids], max_gen_len, temperature, top_p, top_k=top_k)
-    found = inspect_tokens(
-        llama, ids + new, len(new), alternatives=alternatives, temperature=temperature, top_p=top_p, top_k=top_k
+    llama = build_llama(checkpoint, tokenizer_path, max_seq_len, dtype, seed)
+    model, tokenizer = cast(Transformer, llama.model), cast(Tokenizer, llama.tokenizer)  # as `Llama.build` makes them
+    tokens = tokenizer.encode(prompt, bos=tokenizer.add_bos, eos=False)
+    if not tokens:
+        raise InputError(f"text={prompt!r} has no tokens; give a text that has at least one")
+    (generated,), _ = llama.generate([tokens], max_gen_len, temperature, top_p, top_k=top_k)
+    inspection = inspect_tokens(
+        model,
+        tokenizer,
+        tokens + generated,
+        len(generated),
+        alternatives=alternatives,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
     )
     if file is None:
-        show(found, Console(highlight=False))
+        print_inspection(inspection, Console(highlight=False))
     elif is_first_rank():
-        write_whole(file, page(found, Path(checkpoint).resolve().name))
+        write_whole(file, render_page(inspection, Path(checkpoint).resolve().name))
         print(f"wrote {file}")
 
 
-def show(found: Inspection, console: Console) -> None:
-    """Print an inspection. Texts go in as `Styled`, in which nothing is markup, and `readable`."""
-    console.print(coloured(found))
+def print_inspection(inspection: Inspection, console: Console) -> None:
+    """Print an inspection. Its texts are passed as `readable` StyledText, in which rich finds no markup."""
+    console.print(colour_text(inspection.tokens))
     console.print()
-    console.print(legend(found))
+    console.print(colour_legend(inspection.tokens))
     console.print()
-    console.print(token_table(found, console.width))
+    console.print(token_table(inspection.tokens, console.width))
     console.print()
-    console.print(Styled("What would come next, and how settings reshape it", style="bold"))
-    distributions = [found.asked, *found.single]
-    columns = min(len(distributions), max(1, (console.width - WIDEST) // 20))
+    console.print(StyledText("The next token, with different sampling settings", style="bold"))
+    distributions = [inspection.requested, *inspection.variations]
+    columns = min(len(distributions), max(1, (console.width - TOKEN_WIDTH) // 20))
+    bar_width = (console.width - TOKEN_WIDTH) // columns - 9
     for start in range(0, len(distributions), columns):
-        console.print(chart(found, distributions[start : start + columns], (console.width - WIDEST) // columns - 9))
+        console.print(distribution_table(inspection, distributions[start : start + columns], bar_width))
         console.print()
-    for name, value, parts in figures(found):
-        console.print(
-            Styled.assemble((f"{name:26}", "dim"), (f"{value:>9}", "bold"), f"   {' · '.join(parts)}".rstrip())
-        )
+    for name, value, parts in figures(inspection):
+        line = ((f"{name:26}", "dim"), (f"{value:>9}", "bold"), f"   {' · '.join(parts)}".rstrip())
+        console.print(StyledText.assemble(*line))
 
 
-def coloured(found: Inspection) -> Styled:
-    """The text, each token on its colour."""
-    text = Styled()
-    for token in found.tokens:
+def colour_text(tokens: list[TokenStatistics]) -> StyledText:
+    """Return the text, with each token in the colour of its surprise level."""
+    text = StyledText()
+    for token in tokens:
         shown = "\n".join(" ".join(map(readable, line.split(" "))) for line in token.text.split("\n"))
-        colour = "" if token.probability is None else COLOURS[level(token.probability)]
-        text.append(shown.replace("\n", "⏎\n"), style=f"{colour} underline" if token.new else colour)
+        style = "" if token.probability is None else STYLES[surprise_level(token.probability)]
+        text.append(shown.replace("\n", "⏎\n"), style=f"{style} underline" if token.generated else style)
     return text
 
 
-def legend(found: Inspection) -> Styled:
-    """What the colours mean."""
-    text = Styled.assemble(("probability: ", "dim"))
-    for colour, words in zip(COLOURS, LEGEND, strict=True):
-        text.append(f" {words} ", style=colour).append(" ")
-    if any(token.new for token in found.tokens):
-        text.append("underlined: new", style="underline")
+def colour_legend(tokens: list[TokenStatistics]) -> StyledText:
+    """Return a line that explains the colours."""
+    text = StyledText.assemble(("probability: ", "dim"))
+    for style, label in zip(STYLES, LEGEND, strict=True):
+        text.append(f" {label} ", style=style).append(" ")
+    if any(token.generated for token in tokens):
+        text.append("underlined: generated", style="underline")
     return text
 
 
-def token_table(found: Inspection, width: int) -> Table:
-    """Each token with its numbers, and the likeliest tokens there."""
+def token_table(tokens: list[TokenStatistics], width: int) -> Table:
+    """Return a table with the statistics of each token, and the most likely tokens at its position.
+
+    Args:
+        tokens: the tokens.
+        width: the width of the terminal in cells.
+    """
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("token", no_wrap=True)
-    for name in ("probability", "rank", "entropy"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("likeliest there", no_wrap=True)
-    own = False
-    for token in found.tokens:
-        if token.new and not own:
-            own = True
-            table.add_row(Styled("by the model:", style="dim"))
+    for heading in ("probability", "rank", "entropy"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("most likely tokens", no_wrap=True)
+    for i, token in enumerate(tokens):
+        if token.generated and (i == 0 or not tokens[i - 1].generated):
+            table.add_row(StyledText("generated:", style="dim"))
+        name = token_name(token.text)
         if token.probability is None:
-            table.add_row(label(token.text), "–", "–", "–", Styled("nothing stands before it", style="dim"))
+            table.add_row(name, "–", "–", "–", StyledText("no prediction for the first token", style="dim"))
             continue
-        probability = Styled(percent(token.probability), style=COLOURS[level(token.probability)])
-        numbers = (f"{token.rank:,}", f"{token.entropy:.2f}")
-        table.add_row(label(token.text), probability, *numbers, likeliest(token, max(24, width - WIDEST - 33)))
+        probability = StyledText(percent(token.probability), style=STYLES[surprise_level(token.probability)])
+        alternatives = list_alternatives(token, max(24, width - TOKEN_WIDTH - 33))
+        table.add_row(name, probability, f"{token.rank:,}", f"{token.entropy:.2f}", alternatives)
     return table
 
 
-def likeliest(token: Token, width: int) -> Styled:
-    """The alternatives to a token, in lines of at most so many cells."""
-    lines = [Styled()]
-    for choice in token.alternatives:
-        name = label(choice.text)
-        name.stylize("bold" if choice.id == token.id else "")
-        item = Styled.assemble(name, " ", (percent(choice.probability), "dim"), "  ")
-        if lines[-1] and lines[-1].cell_len + item.cell_len > width:
-            lines.append(Styled())
-        lines[-1].append_text(item)
-    return Styled("\n").join(lines)
+def list_alternatives(token: TokenStatistics, width: int) -> StyledText:
+    """Return the most likely tokens at a token's position, in lines of at most `width` cells."""
+    lines = [StyledText()]
+    for candidate in token.alternatives:
+        name = token_name(candidate.text)
+        name.stylize("bold" if candidate.id == token.id else "")
+        entry = StyledText.assemble(name, " ", (percent(candidate.probability), "dim"), "  ")
+        if lines[-1] and lines[-1].cell_len + entry.cell_len > width:
+            lines.append(StyledText())
+        lines[-1].append_text(entry)
+    return StyledText("\n").join(lines)
 
 
-def chart(found: Inspection, distributions: list[Reshaped], room: int) -> Table:
-    """Distributions of the next token side by side, as bars on one scale, the longest of `room` cells."""
-    scale = max(max(how.probabilities) for how in [found.asked, *found.single])
+def distribution_table(inspection: Inspection, distributions: list[SamplingDistribution], bar_width: int) -> Table:
+    """Return a table that shows distributions of the next token side by side, as bars.
+
+    Args:
+        inspection: all distributions, which share one scale.
+        distributions: those to show.
+        bar_width: the width of the longest possible bar, in cells.
+    """
+    every_distribution = [inspection.requested, *inspection.variations]
+    scale = max(max(distribution.probabilities) for distribution in every_distribution)
     table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True, min_width=WIDEST - 1)
-    for how in distributions:
-        table.add_column(Styled(settings(how)), width=room + 8)
-    for row, choice in enumerate(found.next_tokens):
-        table.add_row(label(choice.text), *(bar(how.probabilities[row], scale, room) for how in distributions))
-    table.add_row(Styled("others", style="dim"), *(Styled(f"{percent(how.others):>7}", "dim") for how in distributions))
-    counts = (Styled(f"{how.drawable:>7,}", style="dim") for how in distributions)
-    table.add_row(Styled("can be drawn", style="dim"), *counts)
+    table.add_column("", no_wrap=True, min_width=TOKEN_WIDTH - 1)
+    for distribution in distributions:
+        table.add_column(StyledText(format_settings(distribution)), width=bar_width + 8)
+    for row, candidate in enumerate(inspection.next_tokens):
+        bars = (bar(distribution.probabilities[row], scale, bar_width) for distribution in distributions)
+        table.add_row(token_name(candidate.text), *bars)
+    others = (StyledText(f"{percent(distribution.others):>7}", "dim") for distribution in distributions)
+    table.add_row(StyledText("others", style="dim"), *others)
+    counts = (StyledText(f"{distribution.n_tokens:>7,}", style="dim") for distribution in distributions)
+    table.add_row(StyledText("can be sampled", style="dim"), *counts)
     return table
 
 
-def bar(probability: float, scale: float, room: int) -> Styled:
-    """A probability and its bar, in eighths of a cell."""
-    whole, eighths = divmod(round(8 * room * probability / scale), 8)
-    return Styled(f"{percent(probability):>7} ").append("█" * whole + " ▏▎▍▌▋▊▉"[eighths].strip(), style="bright_blue")
+def bar(probability: float, scale: float, width: int) -> StyledText:
+    """Return a probability and its bar, which has `width` cells if the probability is `scale`."""
+    whole, eighths = divmod(round(8 * width * probability / scale), 8)
+    blocks = "█" * whole + " ▏▎▍▌▋▊▉"[eighths].strip()
+    return StyledText(f"{percent(probability):>7} ").append(blocks, style="bright_blue")
 
 
-def label(text: str) -> Styled:
-    """A token's text for a table: cut where it is long."""
-    name = Styled(readable(text))
-    name.truncate(WIDEST, overflow="ellipsis")
+def token_name(text: str) -> StyledText:
+    """Return a token's text for a table, shortened to `TOKEN_WIDTH`."""
+    name = StyledText(readable(text))
+    name.truncate(TOKEN_WIDTH, overflow="ellipsis")
     return name

@@ -1,4 +1,5 @@
-"""What the commands share of the terminal: reading a text, a person's lines, and Ctrl-C; and showing text safely."""
+"""What the commands share of the terminal: a text from the command line or a pipe, messages that a user types, Ctrl-C
+during an answer, and safe printing."""
 
 import os
 import re
@@ -12,34 +13,34 @@ from llama.errors import InputError
 
 try:
     import termios
-except ImportError:  # Windows: Ctrl-C is an exception there
+except ImportError:  # Windows, where Ctrl-C raises KeyboardInterrupt
     termios = None  # type: ignore[assignment]
 
 CTRL_C = b"\x03"
-KEYS = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|O.|.)?")  # that write nothing, such as arrows; and what comes with a paste
+ESCAPE_SEQUENCE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|O.|.)?")  # arrow keys, and the marks around pasted text
 
 
-def visible(text: str) -> str:
-    """A text that can't steer a terminal: control characters, but for new lines and tabs, as the signs for them."""
-    return "".join(_sign(character) for character in text)
+def escape_control_characters(text: str) -> str:
+    """Replace control characters other than newlines and tabs by visible symbols, so that none controls a terminal."""
+    return "".join(_visible(character) for character in text)
 
 
-def _sign(character: str) -> str:
+def _visible(character: str) -> str:
     if character in "\n\t" or not (ord(character) < 32 or 127 <= ord(character) < 160):
         return character
     return chr(0x2400 + ord(character)) if ord(character) < 32 else f"\\x{ord(character):02x}"
 
 
-def show(text: str) -> None:
-    """Print a part of a text that a model wrote; into a pipe or file, as it is."""
-    print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
+def print_piece(text: str) -> None:
+    """Print a part of a generated text at once: escaped on a terminal, unchanged into a pipe or file."""
+    print(escape_control_characters(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
-def text_given(text: str | None) -> str:
-    """A command's text: its argument, or else what is piped into it, without its last line end.
+def text_or_stdin(text: str | None) -> str:
+    """Return a command's text argument, or if there is none, standard input without its last newline.
 
     Raises:
-        InputError: there is neither; or several processes would share what is piped in.
+        InputError: there is neither, or several processes would share standard input.
     """
     if text is not None:
         return text
@@ -51,79 +52,79 @@ def text_given(text: str | None) -> str:
 
 
 class Keyboard:
-    """A person's lines, and whether they have pressed Ctrl-C since; or the lines of a pipe or file.
+    """Reads a user's messages from a terminal, or the lines of a pipe or file, and notices Ctrl-C in between.
 
-    While it is open on a terminal, Ctrl-C is a key like others and no signal, since a signal would end torchrun, and
-    every process with it. However the program is told to end, the terminal gets back what it had.
+    While it is open on a terminal, Ctrl-C is an ordinary key and sends no signal, because a signal would end torchrun
+    and with it every process. The terminal's settings are restored however the program ends.
     """
 
     def __init__(self) -> None:
-        self._terminal = sys.stdin is not None and sys.stdin.isatty()
-        self._typed = b""  # during an answer, for the next line
-        self._read: Callable[[str], str] = self._read_pipe
-        self._before: list[Any] | None = None
-        if self._terminal:
-            self._read = line_editor()
+        self._is_terminal = sys.stdin is not None and sys.stdin.isatty()
+        self._pending = b""  # typed during an answer; begins the next message
+        self._saved_settings: list[Any] | None = None
+        self._read_line: Callable[[str], str] = line_editor() if self._is_terminal else read_stdin_line
 
     def __enter__(self) -> "Keyboard":
-        if self._terminal and termios is not None:
-            self._before = termios.tcgetattr(sys.stdin)
-            for number in (signal.SIGTERM, signal.SIGHUP):  # torchrun's, when another process has died
+        if self._is_terminal and termios is not None:
+            self._saved_settings = termios.tcgetattr(sys.stdin)
+            for number in (signal.SIGTERM, signal.SIGHUP):  # torchrun sends SIGTERM when another process has died
                 signal.signal(number, lambda number, _: sys.exit(128 + number))
-            keys = termios.tcgetattr(sys.stdin)
-            keys[3] &= ~(termios.ECHO | termios.ICANON)
-            keys[6][termios.VINTR] = b"\0"
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, keys)
+            settings = termios.tcgetattr(sys.stdin)
+            settings[3] &= ~(termios.ECHO | termios.ICANON)
+            settings[6][termios.VINTR] = b"\0"
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._before is not None:
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._before)
+        if self._saved_settings is not None:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._saved_settings)
 
-    def read(self) -> str:
-        """The next message; it may have several lines.
+    def read_message(self) -> str:
+        """Return the next message, which may have several lines.
 
         Raises:
-            EOFError: Ctrl-D, or the end of the file.
-            KeyboardInterrupt: Ctrl-C.
+            EOFError: the user typed Ctrl-D, or the pipe or file has ended.
+            KeyboardInterrupt: the user typed Ctrl-C.
         """
-        typed, self._typed = KEYS.sub("", self._typed.decode("utf-8", "replace")), b""
-        line = self._read("".join(character for character in typed if character.isprintable()))
-        return line.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # bytes that are no text
+        pending, self._pending = ESCAPE_SEQUENCE.sub("", self._pending.decode("utf-8", "replace")), b""
+        message = self._read_line("".join(character for character in pending if character.isprintable()))
+        return message.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # bytes that are not valid UTF-8
 
     def interrupted(self) -> bool:
-        """Whether Ctrl-C was pressed since the last line. Other keys are kept for the next one."""
-        while self._before is not None and select.select([sys.stdin], [], [], 0)[0]:
-            typed = os.read(sys.stdin.fileno(), 1024)
-            if not typed:  # the terminal is gone
+        """Return whether Ctrl-C was pressed since the last message; other keys are kept for the next message."""
+        while self._saved_settings is not None and select.select([sys.stdin], [], [], 0)[0]:
+            keys = os.read(sys.stdin.fileno(), 1024)
+            if not keys:  # the terminal was closed
                 return True
-            if CTRL_C in typed:
-                self._typed = b""
+            if CTRL_C in keys:
+                self._pending = b""
                 return True
-            self._typed += typed
+            self._pending += keys
         return False
 
-    def _read_pipe(self, _typed: str) -> str:
-        line = sys.stdin.readline() if sys.stdin is not None else ""
-        if not line:
-            raise EOFError
-        return line.rstrip("\n")
+
+def read_stdin_line(_default: str) -> str:
+    """Return the next line of a pipe or file; EOFError at its end."""
+    line = sys.stdin.readline() if sys.stdin is not None else ""
+    if not line:
+        raise EOFError
+    return line.rstrip("\n")
 
 
 def line_editor() -> Callable[[str], str]:
-    """A function that lets a person type a message, beginning with what they have typed already.
+    """Return a function that lets the user edit a message, given its first characters, and returns it.
 
-    Enter ends it; Alt-Enter, or Enter after a backslash, begins another line; pasted lines stay together. Arrow keys
-    bring earlier messages back.
+    Enter ends the message. Alt-Enter, or a backslash before Enter, begins another line; pasted lines stay together. The
+    arrow keys bring back earlier messages.
     """
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     from prompt_toolkit.output import create_output
 
-    keys = KeyBindings()
+    key_bindings = KeyBindings()
 
-    @keys.add("enter")
-    def _enter(event: KeyPressEvent) -> None:
+    @key_bindings.add("enter")
+    def _end_message(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
         if buffer.document.char_before_cursor == "\\":
             buffer.delete_before_cursor()
@@ -131,15 +132,15 @@ def line_editor() -> Callable[[str], str]:
         else:
             buffer.validate_and_handle()
 
-    @keys.add("escape", "enter")
-    def _new_line(event: KeyPressEvent) -> None:
+    @key_bindings.add("escape", "enter")
+    def _begin_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
     session: PromptSession[str] = PromptSession(
         "> ",
         multiline=True,
         prompt_continuation="… ",
-        key_bindings=keys,
-        output=create_output(always_prefer_tty=True),  # not into a pipe
+        key_bindings=key_bindings,
+        output=create_output(always_prefer_tty=True),  # also where standard output is a pipe
     )
-    return lambda typed: session.prompt(default=typed)
+    return lambda default: session.prompt(default=default)

@@ -1,0 +1,41 @@
+"""Building the model that a command works with."""
+
+import secrets
+
+from llama.checkpoint import open_checkpoint
+from llama.default_model import default_checkpoint
+from llama.device import dtype_named
+from llama.generation import Llama
+
+DEFAULT_MAX_SEQ_LEN = 4096  # tokens
+
+
+def build_llama(
+    ckpt_dir: str | None, tokenizer_path: str | None, max_seq_len: int | None, dtype: str | None, seed: int | None
+) -> Llama:
+    """Build a `Llama` for one prompt at a time, from a command's options.
+
+    Args:
+        ckpt_dir: the checkpoint; None for the default model.
+        tokenizer_path: the tokenizer file; None for the checkpoint's own.
+        max_seq_len: the context size in tokens; None for `DEFAULT_MAX_SEQ_LEN`, or the model's own maximum if that is
+            smaller.
+        dtype: the name of a dtype; None for the default of the device.
+        seed: the random seed; None for a different one each time.
+
+    Raises:
+        See `Llama.build`.
+    """
+    torch_dtype = dtype_named(dtype)
+    checkpoint = open_checkpoint(default_checkpoint() if ckpt_dir is None else ckpt_dir)
+    if max_seq_len is None:
+        model_maximum = checkpoint.settings.params.get("max_position_embeddings")
+        max_seq_len = min(DEFAULT_MAX_SEQ_LEN, model_maximum or DEFAULT_MAX_SEQ_LEN)
+    return Llama.build(
+        checkpoint,
+        tokenizer_path,
+        max_seq_len,
+        max_batch_size=1,
+        seed=secrets.randbits(63) if seed is None else seed,
+        dtype=torch_dtype,
+    )

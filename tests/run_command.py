@@ -1,0 +1,71 @@
+"""Runs a command in this process: what it does is the same as in one of its own, without the seconds that starting one
+takes. Only its log messages don't reach standard error, since pytest collects them (`caplog`)."""
+
+import importlib.util
+import io
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from conftest import ROOT
+
+import llama.__main__
+from llama.cli import run
+
+
+class Finished(NamedTuple):
+    """The outcome of a command, named as `subprocess.CompletedProcess` names it."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Stdin(io.TextIOWrapper):
+    """Standard input with these bytes in it: a pipe, or a terminal."""
+
+    def __init__(self, content: bytes, is_terminal: bool = False) -> None:
+        super().__init__(io.BytesIO(content), encoding="utf-8")
+        self.is_terminal = is_terminal
+
+    def isatty(self) -> bool:
+        return self.is_terminal
+
+
+def example(name: str) -> Callable[..., None]:
+    """The main function of an example script."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+class Runner:
+    """Runs commands; made by the fixture `runner`."""
+
+    def __init__(self, monkeypatch, capsys) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def call(self, program: Callable[[], None], stdin: str | Stdin = "") -> Finished:
+        """Call a function that ends as a program does: by returning, or by SystemExit."""
+        self.monkeypatch.setattr(sys, "stdin", stdin if isinstance(stdin, Stdin) else Stdin(stdin.encode()))
+        self.capsys.readouterr()
+        code: object = 0
+        try:
+            program()
+        except SystemExit as exit_request:
+            code = exit_request.code
+        printed = self.capsys.readouterr()
+        if isinstance(code, str):  # Python would print it
+            return Finished(1, printed.out, printed.err + code + "\n")
+        return Finished(code or 0, printed.out, printed.err)
+
+    def run(self, function: Callable[..., None], *args: object, name: str = "program") -> Finished:
+        """Run a function as a program."""
+        return self.call(lambda: run(function, name, [str(arg) for arg in args]))
+
+    def llama(self, *args: object, stdin: str | Stdin = "") -> Finished:
+        """Run the command `llama`."""
+        self.monkeypatch.setattr(sys, "argv", ["llama", *map(str, args)])
+        self.monkeypatch.setattr(sys, "path", list(sys.path))  # `llama bench` extends it
+        return self.call(llama.__main__.main, stdin)
