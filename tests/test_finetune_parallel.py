@@ -1,4 +1,4 @@
-"""Fine-tuning in real processes: the same as in one, whether they share a model, hold copies of it, or both."""
+"""Fine-tuning in several processes gives the results of one, whether they share a model, hold copies of it, or both."""
 
 import functools
 import json
@@ -7,37 +7,44 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, load, tiny_model, torchrun, write_llama3_tokenizer, write_meta_checkpoint
-from train_everything import everything
+from train_everything import train_everything
 
 from llama import Tokenizer
 from llama.checkpoint import parameter_shapes, share
 from llama.finetune import metrics
 
+pytestmark = pytest.mark.slow
+
 
 def write_pairs(path, count=20):
-    lines = [{"prompt": "the " * (i % 5 + 1), "completion": "in there " * (i % 3 + 1) + str(i)} for i in range(count)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    """Write data of prompts and completions of different lengths."""
+    pairs = [{"prompt": "the " * (i % 5 + 1), "completion": "in there " * (i % 3 + 1) + str(i)} for i in range(count)]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return path
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A checkpoint, its data, and what one process makes of them. With 2 kv heads, 4 ranks hold each twice."""
+def one_process(tmp_path_factory):
+    """A function that makes a checkpoint and data, and the results of one process.
+
+    The model has two kv heads, so that of four processes each head is held by two.
+    """
 
     @functools.cache
-    def made(tied):
-        folder = tmp_path_factory.mktemp("alone")
+    def train(tie_embeddings):
+        folder = tmp_path_factory.mktemp("one-process")
         tokenizer_path = write_llama3_tokenizer(folder / "ranks")
-        model = tiny_model(vocab_size=Tokenizer(tokenizer_path).n_words, n_kv_heads=2, tie_embeddings=tied)
+        vocab_size = Tokenizer(tokenizer_path).n_words
+        model = tiny_model(vocab_size=vocab_size, n_kv_heads=2, tie_embeddings=tie_embeddings)
         ckpt_dir = write_meta_checkpoint(folder / "checkpoint", model, tokenizer_path)
         data = write_pairs(folder / "data.jsonl")
-        found = everything(ckpt_dir, data, folder / "out", 1, 4)
-        return SimpleNamespace(folder=folder, ckpt_dir=ckpt_dir, data=data, found=found, model=model)
+        results = train_everything(ckpt_dir, data, folder / "out", 1, 4)
+        return SimpleNamespace(folder=folder, ckpt_dir=ckpt_dir, data=data, results=results, model=model)
 
-    return made
+    return train
 
 
-RUNS = {  # processes, those that share a model, batch size, tied embeddings
+RUNS = {  # processes, model-parallel size, batch size, tied embeddings
     "two share": (2, 2, 4, True),
     "four share": (4, 4, 8, False),
     "two copies": (2, 1, 2, True),
@@ -46,38 +53,39 @@ RUNS = {  # processes, those that share a model, batch size, tied embeddings
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_the_same_as_one_process(alone, tmp_path, run):
-    n, model_parallel_size, batch_size, tied = RUNS[run]
-    alone = alone(tied)
+def test_the_same_as_one_process(one_process, tmp_path, run):
+    n, model_parallel_size, batch_size, tie_embeddings = RUNS[run]
+    expected = one_process(tie_embeddings)
     script = ROOT / "tests" / "train_everything.py"
-    result = torchrun(n, script, alone.ckpt_dir, alone.data, tmp_path, model_parallel_size, batch_size)
-    assert result.returncode == 0, result.stderr
-    want = alone.found
+    finished = torchrun(n, script, expected.ckpt_dir, expected.data, tmp_path, model_parallel_size, batch_size)
+    assert finished.returncode == 0, finished.stderr
+    model, gradients = expected.model, expected.results["gradients"]
+    shapes = parameter_shapes(model.params)
     for rank in range(n):
-        found = torch.load(tmp_path / f"rank-{rank}")
-        for name in ("loss", "step loss", "norm", "loss of one", "norm of one"):
-            assert found[name] == pytest.approx(want[name], rel=1e-4), name
-        assert found["gradients"].keys() == want["gradients"].keys()
-        shapes = parameter_shapes(alone.model.params)
-        for name, gradient in want["gradients"].items():
-            axis, start, stop = share(name, shapes[name], alone.model.params, found["part"], model_parallel_size)
+        results = torch.load(tmp_path / f"rank-{rank}")
+        for name in ("loss", "step loss", "norm", "loss of one example", "norm of one example"):
+            assert results[name] == pytest.approx(expected.results[name], rel=1e-4), name
+        assert results["gradients"].keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            axis, start, stop = share(name, shapes[name], model.params, results["part"], model_parallel_size)
             part = gradient if axis is None else gradient.narrow(axis, start, stop - start)
-            torch.testing.assert_close(found["gradients"][name], part, rtol=1e-3, atol=1e-5, msg=name)
+            torch.testing.assert_close(results["gradients"][name], part, rtol=1e-3, atol=1e-5, msg=name)
     for train in ("all", "lora"):
-        ours, theirs = (metrics.read(folder / train / "metrics.jsonl") for folder in (tmp_path, alone.folder / "out"))
-        assert len(ours) == len(theirs) == 2 * 2 + 3
-        assert any(entry.get("gradient_norm", 0) > 2.0 for entry in theirs)  # and so clipped
-        for entry, other in zip(ours, theirs, strict=True):
-            entry.pop("tokens_per_second", None)
-            other.pop("tokens_per_second", None)
-            assert entry == pytest.approx(other, rel=2e-3)
-        losses = [entry["loss"] for entry in ours if "loss" in entry]
+        one, several = expected.folder / "out" / train, tmp_path / train
+        expected_metrics, actual_metrics = (metrics.read(folder / "metrics.jsonl") for folder in (one, several))
+        assert len(actual_metrics) == len(expected_metrics) == 2 * 2 + 3
+        assert any(entry.get("gradient_norm", 0) > 2.0 for entry in expected_metrics)  # which is clipped
+        for actual, wanted in zip(actual_metrics, expected_metrics, strict=True):
+            actual.pop("tokens_per_second", None)
+            wanted.pop("tokens_per_second", None)
+            assert actual == pytest.approx(wanted, rel=2e-3)
+        losses = [entry["loss"] for entry in actual_metrics if "loss" in entry]
         assert losses[-1] < losses[0] - 0.1
-        ours, theirs = load(tmp_path / train), load(alone.folder / "out" / train)
-        assert ours.params.tie_embeddings == theirs.params.tie_embeddings == tied
+        trained_by_one, trained_by_several = load(one), load(several)
+        assert trained_by_several.params.tie_embeddings == trained_by_one.params.tie_embeddings == tie_embeddings
         tokens = torch.arange(300, 360)[None]
         with torch.no_grad():
-            start = alone.model(tokens)
-            assert (theirs(tokens) - start).abs().max() > 1
-            assert (ours(tokens) - theirs(tokens)).abs().max() < 0.05
+            logits = trained_by_one(tokens)
+            assert (logits - model(tokens)).abs().max() > 1
+            assert (logits - trained_by_several(tokens)).abs().max() < 0.05
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "lora", *(f"rank-{rank}" for rank in range(n))]

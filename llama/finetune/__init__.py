@@ -1,10 +1,10 @@
-"""Instruction fine-tuning: teach a model by example what to answer.
+"""Instruction fine-tuning: training a model on examples of prompts and answers.
 
-    pairs -> token ids, and which of them the assistant says -> the network -> the loss on those -> gradients -> AdamW
+    examples -> token ids and loss masks -> batches -> network -> masked loss -> gradients -> AdamW
 
-Each file is one of the steps: `data` (from lines of text to batches), `loss` (what is made smaller), `optimizer` (how),
-`lora` (of how few numbers), `training` (the loop), `run_folder` and `metrics` (what is kept on disk), `command` (the
-command line).
+`data` turns lines of text into batches, `loss` computes the masked loss, `optimizer` updates the weights, `lora` trains
+low-rank matrices in their place, and `training` is the loop. `run_folder` and `metrics` keep a run on disk, and
+`command` is the command line.
 """
 
 from llama.finetune.command import finetune

@@ -1,8 +1,8 @@
-"""Data: lines of JSON in, sequences of token ids out, each with a mask of the tokens that are to be learned.
+"""Training data: JSON Lines in, sequences of token ids out, each with a mask of the tokens that count in the loss.
 
-A sequence is a whole dialog, just as the model would see it: the prompt, and what the assistant says, up to the token
-that ends its turn. Only what the assistant says is learned. The prompt is read, but nobody wants the model to learn to
-ask the questions.
+A sequence is a whole dialog as the model sees it, up to the token that ends the assistant's last turn. Only the
+assistant's messages, with the tokens that end them, count in the loss (x): the model should learn to answer, and not to
+ask.
 
     <|im_start|> user \n What is 2 + 2 ? <|im_end|> \n <|im_start|> assistant \n Four . <|im_end|>
          -        -   -   -   -  - - - -      -      -       -         -       -   x   x      x
@@ -21,140 +21,153 @@ from llama.errors import InputError
 from llama.files import require_path
 from llama.tokenizer import Tokenizer
 
-SHOWN = 10  # bad lines that an error message tells
+MAX_REPORTED_LINES = 10  # of the invalid ones, in an error message
 
 
 class Example(NamedTuple):
-    """One line of the data."""
+    """A tokenized line of the data."""
 
-    line: int  # of the file, from 1
+    line: int  # its number in the file, from 1
     tokens: list[int]
-    learned: list[bool]  # of each token, whether the assistant says it
-    cut: int = 0  # tokens of the prompt that are missing, for want of room
+    loss_mask: list[bool]  # for each token, whether it counts in the loss
+    n_truncated: int = 0  # how many tokens of the prompt were left out because the example was too long
 
     @property
-    def n_learned(self) -> int:
-        """How many of its tokens are learned."""
-        return sum(self.learned)
+    def n_loss_tokens(self) -> int:
+        """How many of the tokens count in the loss."""
+        return sum(self.loss_mask)
 
 
 class Batch(NamedTuple):
     """Examples that pass through the network together."""
 
     tokens: torch.Tensor  # (batch, seq) int64
-    targets: torch.Tensor  # (batch, seq) int64: of each token, the one that follows it
-    learned: torch.Tensor  # (batch, seq) bool: where the target is learned
+    targets: torch.Tensor  # (batch, seq) int64: the token after each of `tokens`
+    loss_mask: torch.Tensor  # (batch, seq) bool: whether the target counts in the loss
 
 
 def read_examples(
     path: str | Path, tokenizer: Tokenizer, formatter: ChatFormat | None, max_seq_len: int
 ) -> list[Example]:
-    """Read a file of JSON Lines, every one of which must be good.
+    """Read and tokenize a file of JSON Lines.
 
     Args:
-        path: each line is `{"prompt": text, "completion": text}` or `{"messages": [{"role": …, "content": …}, …]}`.
-            Empty lines are left out.
-        formatter: the chat format; None for plain texts, where the completion simply follows the prompt.
-        max_seq_len: most tokens of an example. Of a longer one the prompt is cut from its left (a BOS stays). What the
-            assistant says is never cut.
+        path: the file. Each line is `{"prompt": text, "completion": text}` or `{"messages": [{"role": …, "content":
+            …}, …]}`; blank lines are skipped.
+        tokenizer: the tokenizer.
+        formatter: the chat format; None for plain text, where the completion directly follows the prompt.
+        max_seq_len: maximum number of tokens of an example. A longer one loses tokens at the beginning of its prompt
+            (but not its BOS), and never any of the assistant's.
 
     Raises:
-        InputError: bad lines, each with its number and what is wrong; or there are no lines.
+        InputError: some lines are invalid (the message lists them and says why), or there are no lines.
     """
     examples, problems = [], []
     with require_path(path, "data").open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    examples.append(read_line(number, line, tokenizer, formatter, max_seq_len))
+                    examples.append(parse_line(number, line, tokenizer, formatter, max_seq_len))
                 except InputError as error:
                     problems.append(f"line {number}: {error}")
     if problems:
-        shown = problems[:SHOWN] + ([f"… ({len(problems)} in all)"] if len(problems) > SHOWN else [])
-        raise InputError(f"{path} can't be learned from:\n  " + "\n  ".join(shown))
+        omitted = [f"… ({len(problems)} in all)"] if len(problems) > MAX_REPORTED_LINES else []
+        listed = "\n  ".join(problems[:MAX_REPORTED_LINES] + omitted)
+        raise InputError(f"{path} has lines that can't be used for training:\n  {listed}")
     if not examples:
-        raise InputError(f"{path} holds no examples: give lines such as " + '{"prompt": "…", "completion": "…"}')
+        raise InputError(f"{path} has no examples: give lines such as " + '{"prompt": "…", "completion": "…"}')
     return examples
 
 
-def read_line(
+def parse_line(
     number: int, line: bytes, tokenizer: Tokenizer, formatter: ChatFormat | None, max_seq_len: int
 ) -> Example:
-    """The example in one line; InputError if there is none."""
+    """Return the example in a line; InputError if the line is invalid."""
     try:
-        found = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON: {error}") from error
-    keys = set(found) if isinstance(found, dict) else None
+    keys = set(value) if isinstance(value, dict) else None
     if keys == {"prompt", "completion"}:
-        segments = encode_pair(found["prompt"], found["completion"], tokenizer, formatter)
+        segments = encode_pair(value["prompt"], value["completion"], tokenizer, formatter)
     elif keys == {"messages"}:
-        segments = encode_messages(found["messages"], formatter)
+        segments = encode_messages(value["messages"], formatter)
     else:
-        what = f"the keys {sorted(keys)}" if keys is not None else f"{found!r:.80}"
-        raise InputError(f"it must be an object with prompt and completion, or with messages, and is {what}")
-    tokens = [i for segment in segments for i in segment.tokens]
-    learned = [segment.from_assistant for segment in segments for _ in segment.tokens]
-    while not learned[-1]:  # nothing is learned from what follows the last word
+        actual = f"has the keys {sorted(keys)}" if keys is not None else f"is {value!r:.80}"
+        raise InputError(f"it must be an object with prompt and completion, or with messages, but it {actual}")
+    tokens = [token for segment in segments for token in segment.tokens]
+    loss_mask = [segment.from_assistant for segment in segments for _ in segment.tokens]
+    while not loss_mask[-1]:  # tokens after the last one that counts would change nothing
         tokens.pop()
-        learned.pop()
-    return cut_left(Example(number, tokens, learned), tokenizer.bos_id, max_seq_len)
+        loss_mask.pop()
+    return truncate_prompt(Example(number, tokens, loss_mask), tokenizer.bos_id, max_seq_len)
 
 
-def encode_pair(prompt: Any, completion: Any, tokenizer: Tokenizer, formatter: ChatFormat | None) -> list[Segment]:
-    """A prompt and its completion as a chat of two turns, or as plain text with the tokenizer's end token."""
-    for name, text in (("prompt", prompt), ("completion", completion)):
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"the {name} must be a text that isn't empty, and is {text!r:.80}")
+def encode_pair(
+    prompt: object, completion: object, tokenizer: Tokenizer, formatter: ChatFormat | None
+) -> list[Segment]:
+    """Encode a prompt and its completion: as a dialog, or as plain text that the end-of-text token ends."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(f"the prompt must be a text that isn't empty, but it is {prompt!r:.80}")
+    if not isinstance(completion, str) or not completion.strip():
+        raise InputError(f"the completion must be a text that isn't empty, but it is {completion!r:.80}")
     if formatter is not None:
         user, assistant = {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}
         return encode_messages([user, assistant], formatter)
-    ids, completion_ids = encode_continued(tokenizer, prompt, completion, bos=tokenizer.add_bos)
-    return [Segment(ids, False), Segment([*completion_ids, tokenizer.eos_id], True)]
+    prompt_tokens, completion_tokens = encode_continued(tokenizer, prompt, completion, bos=tokenizer.add_bos)
+    return [Segment(prompt_tokens, False), Segment([*completion_tokens, tokenizer.eos_id], True)]
 
 
 def encode_messages(messages: Any, formatter: ChatFormat | None) -> list[Segment]:
-    """A dialog in its model's chat format, every message of the assistant's to be learned."""
+    """Encode a dialog in its model's chat format; InputError if it isn't one that can be trained on."""
     if formatter is None:
-        raise InputError("messages need a chat format; a plain text is a prompt and a completion")
-    segments = formatter.encode_turns(messages)  # which checks the roles
+        raise InputError("messages need a chat format; with --format plain, give a prompt and a completion")
+    segments = formatter.encode_turns(messages)  # raises InputError for invalid messages
     if messages[-1]["role"] != "assistant":
-        raise InputError(f"the last message must be the assistant's, and is the {messages[-1]['role']}'s")
+        raise InputError(f"the last message must be the assistant's, but it is the {messages[-1]['role']}'s")
     for number, message in enumerate(messages):
         if message["role"] == "assistant" and not message["content"].strip():
-            raise InputError(f"message {number}: the assistant says nothing")
+            raise InputError(f"message {number}: the assistant's message is empty")
     refusal = formatter.refusal(messages)
     if refusal is not None:
         raise InputError(refusal)
     return segments
 
 
-def cut_left(example: Example, bos_id: int | None, max_seq_len: int) -> Example:
-    """An example that fits into `max_seq_len`; InputError if more than its prompt would have to go."""
+def truncate_prompt(example: Example, bos_id: int | None, max_seq_len: int) -> Example:
+    """Shorten an example to `max_seq_len` tokens by removing tokens at the beginning of its prompt, after BOS.
+
+    Raises:
+        InputError: less than one token of the prompt, besides BOS, would be left.
+    """
     excess = len(example.tokens) - max_seq_len
     if excess <= 0:
         return example
-    keep = 1 if example.tokens[0] == bos_id else 0
-    first = example.learned.index(True)
-    if keep + excess >= first:  # a token must be left to answer
+    n_kept = 1 if example.tokens[0] == bos_id else 0
+    prompt_length = example.loss_mask.index(True)
+    if n_kept + excess >= prompt_length:
         raise InputError(
-            f"from the first to the last word of the assistant there are {len(example.tokens) - first} tokens, too "
-            f"many for max_seq_len={max_seq_len}: nothing of that is cut; shorten it, or give a larger max_seq_len"
+            f"from the first to the last of the assistant's tokens there are {len(example.tokens) - prompt_length}, "
+            f"too many for max_seq_len={max_seq_len}, and none is cut: shorten them, or give a larger max_seq_len"
         )
-    tokens, learned = list(example.tokens), list(example.learned)
-    del tokens[keep : keep + excess], learned[keep : keep + excess]
-    return Example(example.line, tokens, learned, excess)
+    tokens, loss_mask = list(example.tokens), list(example.loss_mask)
+    del tokens[n_kept : n_kept + excess], loss_mask[n_kept : n_kept + excess]
+    return Example(example.line, tokens, loss_mask, excess)
 
 
-def split_off(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Examples to learn from, and others, drawn by the seed, to see how well that goes."""
+def split_validation(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Split examples at random into those to train on, and a fraction (at least one if it is above 0) for validation.
+
+    Raises:
+        InputError: none would be left to train on.
+    """
     count = round(fraction * len(examples))
     if fraction > 0:
         count = max(count, 1)
     if count >= len(examples):
         raise InputError(
-            f"val_fraction={fraction} of {len(examples)} example(s) leaves none to learn from: give more "
-            f"examples, or a lower val_fraction"
+            f"val_fraction={fraction} of {len(examples)} example(s) leaves none to train on: give more examples, or a "
+            f"lower val_fraction"
         )
     chosen = set(random.Random(f"validation, seed {seed}").sample(range(len(examples)), count))
     return (
@@ -164,21 +177,21 @@ def split_off(examples: Sequence[Example], fraction: float, seed: int) -> tuple[
 
 
 def shuffled(examples: Sequence[Example], epoch: int, seed: int) -> list[Example]:
-    """The order of an epoch. It follows from the seed alone, so that a run that was interrupted finds it again."""
+    """Return the examples in the order of an epoch, which depends on the seed alone: a resumed run has the same."""
     return random.Random(f"epoch {epoch}, seed {seed}").sample(examples, len(examples))
 
 
 def make_batch(examples: Sequence[Example], device: torch.device | None = None) -> Batch:
-    """Put examples into one tensor.
+    """Put examples into one batch.
 
-    Shorter rows are filled up at their end. What the filling holds doesn't matter: no earlier position attends to it,
-    and no target of its own is learned.
+    Shorter rows are padded on the right. The value of the padding doesn't matter: no earlier position attends to it,
+    and it doesn't count in the loss.
     """
-    seq = max(len(example.tokens) for example in examples) - 1  # the last token is only a target
-    tokens = torch.zeros(len(examples), seq + 1, dtype=torch.int64)
-    learned = torch.zeros(len(examples), seq + 1, dtype=torch.bool)
+    length = max(len(example.tokens) for example in examples)
+    tokens = torch.zeros(len(examples), length, dtype=torch.int64)
+    loss_mask = torch.zeros(len(examples), length, dtype=torch.bool)
     for row, example in enumerate(examples):
         tokens[row, : len(example.tokens)] = torch.tensor(example.tokens)
-        learned[row, : len(example.tokens)] = torch.tensor(example.learned)
-    tokens, learned = tokens.to(device), learned.to(device)
-    return Batch(tokens[:, :-1], tokens[:, 1:], learned[:, 1:])
+        loss_mask[row, : len(example.tokens)] = torch.tensor(example.loss_mask)
+    tokens, loss_mask = tokens.to(device), loss_mask.to(device)
+    return Batch(tokens[:, :-1], tokens[:, 1:], loss_mask[:, 1:])

@@ -1,13 +1,13 @@
-"""LoRA (arXiv 2106.09685): train two thin matrices beside each large one, which stays as it is.
+"""LoRA (arXiv 2106.09685): train two low-rank matrices beside each weight matrix W, which stays frozen.
 
     y = W x + SCALE * up(down(x))        down: in_features -> rank,  up: rank -> out_features
 
-`up` begins as zeros, so that at first nothing changes. At the end, W + SCALE * up down takes the place of W: the
-checkpoint is one like any other. What is saved is memory: AdamW's state, gradients and float32 copies are only needed
-for the thin matrices, a few hundredths of the model's numbers, or less.
+`up` starts as zeros, so that at first nothing changes. At the end, W + SCALE * up down replaces W, and the checkpoint
+is like any other. This saves memory: only the LoRA matrices, a few percent of the model's parameters, need gradients,
+AdamW's state and float32 copies.
 
-The thin matrices are split over processes as W is, by the same layers. Where W has some of the output features, `up`
-has those; where W has some of the input features, `down` has those, and sums what comes out. The other is whole.
+The LoRA matrices are split over model-parallel processes by the same layers as W. Where W is split by output features,
+so is `up`; where W is split by input features, so is `down`, whose partial results are summed. The other one is whole.
 """
 
 import torch
@@ -21,50 +21,50 @@ SCALE = 2.0  # alpha / rank, in the paper's terms
 
 
 class LoRALinear(nn.Module):
-    """A layer, and the two thin matrices beside it.
+    """A frozen linear layer with LoRA matrices beside it.
 
     Args:
-        base: the layer; its weight stays as it is.
-        rank: features between the two.
-        generator: draws `down`: the same numbers for any number of processes.
+        base: the layer.
+        rank: the rank of the product of the LoRA matrices.
+        generator: initializes `down`, with the same values for any number of processes.
     """
 
     def __init__(self, base: Linear, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         self.base = base
         size, weight = model_parallel_size(), base.weight
-        out_features, in_features = weight.shape  # this process's
-        by_rows = isinstance(base, RowParallelLinear)
-        in_features *= size if by_rows else 1
+        out_features, in_features = weight.shape  # of this process's share of W
+        split_by_input = isinstance(base, RowParallelLinear)
+        in_features *= size if split_by_input else 1
         down: Linear
         up: Linear
         with torch.device("meta"):
-            down = RowParallelLinear(in_features, rank) if by_rows else Linear(in_features, rank)
-            if by_rows:
+            down = RowParallelLinear(in_features, rank) if split_by_input else Linear(in_features, rank)
+            if split_by_input:
                 up = Linear(rank, out_features)
             elif isinstance(base, KVHeadParallelLinear):
                 up = KVHeadParallelLinear(rank, base.n_kv_heads, out_features // local_kv_heads(base.n_kv_heads))
             else:
                 up = ColumnParallelLinear(rank, out_features * size)
-        drawn = torch.empty(rank, in_features).uniform_(-1, 1, generator=generator) / in_features**0.5
-        if by_rows:
-            drawn = drawn.chunk(size, dim=1)[model_parallel_rank()]
-        down.weight = nn.Parameter(drawn.to(weight))  # (rank, in_features), or this process's part of them
-        up.weight = nn.Parameter(weight.new_zeros(up.weight.shape))  # (out_features, rank), likewise
+        initial = torch.empty(rank, in_features).uniform_(-1, 1, generator=generator) / in_features**0.5
+        if split_by_input:
+            initial = initial.chunk(size, dim=1)[model_parallel_rank()]
+        down.weight = nn.Parameter(initial.to(weight))  # (rank, in_features), or this process's share of it
+        up.weight = nn.Parameter(weight.new_zeros(up.weight.shape))  # (out_features, rank), or this process's share
         self.down, self.up = down, up
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.base(x) + SCALE * self.up(self.down(x))
 
-    def merged(self) -> Linear:
-        """The layer alone, with what was learned added to its weight."""
+    def merge(self) -> Linear:
+        """Add the product of the LoRA matrices to the weight of the layer, and return the layer."""
         change = SCALE * self.up.weight.float() @ self.down.weight.float()
         self.base.weight = nn.Parameter((self.base.weight.float() + change).to(self.base.weight.dtype))
         return self.base
 
 
-def add_adapters(model: Transformer, rank: int, seed: int) -> None:
-    """Put adapters beside every matrix of every layer, and train only those."""
+def add_lora(model: Transformer, rank: int, seed: int) -> None:
+    """Put LoRA matrices beside every weight matrix of every layer, and make them the only trainable parameters."""
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     for block in model.layers:
@@ -75,10 +75,10 @@ def add_adapters(model: Transformer, rank: int, seed: int) -> None:
 
 
 @torch.no_grad()
-def merge_adapters(model: Transformer) -> None:
-    """Put merged layers in the place of adapted ones, if there are any."""
+def merge_lora(model: Transformer) -> None:
+    """Replace each LoRALinear of the model, if there are any, by its merged layer."""
     for block in model.layers:
         for part in block.children():
             for name, layer in list(part.named_children()):
                 if isinstance(layer, LoRALinear):
-                    setattr(part, name, layer.merged())
+                    setattr(part, name, layer.merge())

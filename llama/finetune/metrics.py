@@ -1,4 +1,4 @@
-"""The course of a run: one JSON object a line, and a picture of the losses."""
+"""The metrics of a run: a file with one JSON object a line, and a plot of the losses."""
 
 import json
 import logging
@@ -9,33 +9,34 @@ logger = logging.getLogger("llama")
 
 
 def append(path: Path, **entry: Any) -> None:
-    """Add a line."""
+    """Append an entry to the file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines; but for the last, if whoever wrote it was killed half way."""
-    lines = (
-        path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    )  # what ends in no "\n" is no line
+    """Return the entries of the file; none if it doesn't exist.
+
+    What stands after the last newline is ignored: the process that wrote it was killed before it had finished.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Leave only what a run had written when it had made `step` steps, and not yet gone on."""
+def truncate(path: Path, step: int) -> None:
+    """Remove the entries that come after the loss of a step, or all if `step` is 0."""
     kept = [entry for entry in read(path) if entry["step"] < step or (entry["step"] == step and "loss" in entry)]
     shorter = path.with_name(path.name + ".cut")
     shorter.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
     shorter.replace(path)
 
 
-def draw(entries: list[dict[str, Any]], path: Path) -> None:
-    """A picture of the loss curves; nothing but a message without matplotlib."""
+def plot(entries: list[dict[str, Any]], path: Path) -> None:
+    """Plot training and validation loss into an image file. Without matplotlib, only log that there is no plot."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.info("no picture of the loss: it needs matplotlib (pip install 'llama[train]')")
+        logger.info("no plot of the loss: it needs matplotlib (pip install 'llama[train]')")
         return
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -43,7 +44,7 @@ def draw(entries: list[dict[str, Any]], path: Path) -> None:
         points = [(entry["step"], entry[key]) for entry in entries if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set(xlabel="step", ylabel="loss, nats a learned token", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

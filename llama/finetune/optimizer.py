@@ -1,4 +1,4 @@
-"""From gradients to better weights: AdamW, the learning rate's course, and a limit to the length of a step."""
+"""AdamW on float32 weights, the learning rate schedule, and gradient clipping."""
 
 import math
 from typing import Any
@@ -13,122 +13,129 @@ BETAS = (0.9, 0.95)  # as Llama 2 was trained (arXiv 2307.09288)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """The learning rate of a step: a straight line up to `peak`, then half a cosine down to 0 (arXiv 1608.03983).
+    """Return the learning rate of a step: linear warmup to `peak`, then cosine decay towards 0 (arXiv 1608.03983).
 
     Args:
-        step: from 0 to `steps` - 1. None of them has a rate of 0.
-        warmup: the part of the steps in which the rate rises, from 0 to 1.
+        step: from 0 to `steps` - 1. The rate is above 0 for all of them.
+        steps: number of steps of the run.
+        peak: the highest rate.
+        warmup: the fraction of the steps in which the rate rises, from 0 to 1.
     """
-    rising = math.ceil(warmup * steps)
-    if step < rising:
-        return peak * (step + 1) / rising
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
+    warmup_steps = math.ceil(warmup * steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
 
 
-def holders(module: nn.Module) -> int:
-    """How many of the processes that share a model hold the same numbers of a layer."""
+def replica_count(module: nn.Module) -> int:
+    """Return how many of the processes that share a model hold the same part of a layer's weight."""
     if isinstance(module, KVHeadParallelLinear):
         return max(1, model_parallel_size() // module.n_kv_heads)
     if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
         return 1
-    return model_parallel_size()  # norms, and what LoRA adds without splitting it
+    return model_parallel_size()  # norms, and LoRA matrices that aren't split
 
 
 class Optimizer:
-    """AdamW (arXiv 1711.05101) on float32 copies of the parameters of a model that are to be trained.
+    """AdamW (arXiv 1711.05101) on float32 master weights of the trainable parameters of a model.
 
-    A step of training is often smaller than the distance between two neighbouring bfloat16 numbers, and would be
-    rounded away. So the weights that are trained, and the sum of their gradients, are kept in float32; the model
-    computes with rounded copies. In float32 there is nothing to round, and no copy.
+    An update is often smaller than the distance between neighbouring bfloat16 numbers, and would be rounded away.
+    Therefore the master weights and the sum of their gradients are float32, and the model computes with a rounded copy.
+    A float32 model needs no copy: its parameters are the master weights.
 
     Args:
-        model: those of its parameters that want gradients are trained.
-        weight_decay: of matrices; norms have none.
+        model: the model; its parameters that require gradients are trained.
+        weight_decay: of matrices. The weights of norms have none.
+
+    Attributes:
+        parameters: the trained parameters of the model, by name.
+        master_weights: their float32 values, by name.
     """
 
     def __init__(self, model: nn.Module, weight_decay: float) -> None:
         self.parameters: dict[str, nn.Parameter] = {}
-        self.masters: dict[str, torch.Tensor] = {}
-        self._holders: dict[str, int] = {}
+        self.master_weights: dict[str, torch.Tensor] = {}
+        self._replicas: dict[str, int] = {}
         modules = dict(model.named_modules())
-        for name, parameter in model.named_parameters():  # a tied embedding comes once
+        for name, parameter in model.named_parameters():  # a tied embedding appears once
             if parameter.requires_grad:
-                # Memory of its own: a loaded weight may be a file's, mapped, or a part of a larger tensor.
+                # A loaded weight may be mapped from its file, or be a slice of a larger tensor: it must not be changed.
                 parameter.data = parameter.detach().clone()
                 self.parameters[name] = parameter
-                self.masters[name] = parameter if parameter.dtype == torch.float32 else parameter.detach().float()
-                self._holders[name] = holders(modules[name.rpartition(".")[0]])
-        matrices = [master for master in self.masters.values() if master.dim() > 1]
-        others = [master for master in self.masters.values() if master.dim() == 1]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+                is_float32 = parameter.dtype == torch.float32
+                self.master_weights[name] = parameter if is_float32 else parameter.detach().float()
+                self._replicas[name] = replica_count(modules[name.rpartition(".")[0]])
+        matrices = [weight for weight in self.master_weights.values() if weight.dim() > 1]
+        vectors = [weight for weight in self.master_weights.values() if weight.dim() == 1]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self._adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=BETAS)
 
-    def add_gradients(self) -> None:
-        """Add the gradients of one batch to the sum of this step's, in float32."""
-        for name, master in self.masters.items():
+    def accumulate_gradients(self) -> None:
+        """Move the gradients of one batch from the model into the float32 sum of this step."""
+        for name, weight in self.master_weights.items():
             parameter = self.parameters[name]
-            if master is not parameter and parameter.grad is not None:
+            if weight is not parameter and parameter.grad is not None:
                 gradient = parameter.grad.float()
-                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
                 parameter.grad = None
 
     def sum_gradients(self) -> None:
-        """Add up the gradients of all copies of the model, each of which has read other examples."""
-        for master in self.masters.values():
-            if master.grad is None:  # there were no examples left for this copy
-                master.grad = torch.zeros_like(master)
-            sum_over_data_parallel(master.grad)
+        """Add up the gradients of all copies of the model, each of which has seen other examples."""
+        for weight in self.master_weights.values():
+            if weight.grad is None:  # there was no batch for this copy
+                weight.grad = torch.zeros_like(weight)
+            sum_over_data_parallel(weight.grad)
 
     def gradient_norm(self) -> float:
-        """The length of the gradient of the whole model, as one vector.
+        """Return the norm of the gradient of the whole model.
 
-        Each process has the gradients of the parts it holds. What several of them hold must count once.
+        A part that several model-parallel processes hold counts once.
         """
         squares = [
-            master.grad.norm() ** 2 / self._holders[name]
-            for name, master in self.masters.items()
-            if master.grad is not None
+            weight.grad.norm() ** 2 / self._replicas[name]
+            for name, weight in self.master_weights.items()
+            if weight.grad is not None
         ]
         return sum_over_model_parallel(torch.stack(squares).sum()).sqrt().item()
 
     @torch.no_grad()
     def step(self, rate: float, clip: float) -> float:
-        """Make one step against the gradient, and forget it.
+        """Update the weights, and clear their gradients.
 
         Args:
             rate: the learning rate.
-            clip: a gradient longer than this is shortened to it (arXiv 1211.5063); 0 for no limit.
+            clip: the maximum gradient norm; a larger gradient is scaled down to it (arXiv 1211.5063). 0: no clipping.
 
         Returns:
-            The length that the gradient had.
+            The gradient norm before clipping.
         """
         norm = self.gradient_norm()
         if 0 < clip < norm:
-            for master in self.masters.values():
-                if master.grad is not None:
-                    master.grad.mul_(clip / norm)
+            for weight in self.master_weights.values():
+                if weight.grad is not None:
+                    weight.grad.mul_(clip / norm)
         for group in self._adamw.param_groups:
             group["lr"] = rate
         self._adamw.step()
         self._adamw.zero_grad()
-        self._round()
+        self._copy_to_model()
         return norm
 
-    def _round(self) -> None:
-        """Give the model the weights as they are now."""
-        for name, master in self.masters.items():
-            if master is not self.parameters[name]:
-                self.parameters[name].data.copy_(master)
+    def _copy_to_model(self) -> None:
+        """Copy the master weights, rounded, to the model's parameters."""
+        for name, weight in self.master_weights.items():
+            if weight is not self.parameters[name]:
+                self.parameters[name].data.copy_(weight)
 
     def state(self) -> dict[str, Any]:
-        """All that a later process needs to go on just so."""
-        masters = {name: master.detach() for name, master in self.masters.items()}
+        """Return what `restore` needs to continue exactly from here."""
+        masters = {name: weight.detach() for name, weight in self.master_weights.items()}
         return {"masters": masters, "adamw": self._adamw.state_dict()}
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
-        for name, master in self.masters.items():
-            master.copy_(state["masters"][name])
+        """Continue from a result of `state`."""
+        for name, weight in self.master_weights.items():
+            weight.copy_(state["masters"][name])
         self._adamw.load_state_dict(state["adamw"])
-        self._round()
+        self._copy_to_model()

@@ -1,4 +1,4 @@
-"""The loop: examples in, a better model out."""
+"""The training loop."""
 
 import functools
 import logging
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from llama.distributed import data_parallel_size, is_first_rank, sum_over_data_parallel
 from llama.finetune.data import Example, make_batch, shuffled
-from llama.finetune.lora import add_adapters, merge_adapters
+from llama.finetune.lora import add_lora, merge_lora
 from llama.finetune.loss import mean_loss, shard, summed_loss
 from llama.finetune.optimizer import Optimizer, learning_rate
 from llama.finetune.run_folder import RunFolder
@@ -26,115 +26,133 @@ def train(
     model: Transformer,
     training: Sequence[Example],
     validation: Sequence[Example],
-    options: TrainingParams,
+    params: TrainingParams,
     folder: RunFolder,
 ) -> None:
-    """Train a model, from the newest state in the folder on.
+    """Train a model, from the last saved state in the folder on.
 
     Args:
-        training: what to learn from.
-        validation: what to measure the loss on, before the first epoch and after each; may be empty.
+        model: the model.
+        training: the examples to train on.
+        validation: the examples to compute the validation loss on, before the first epoch and after each; may be empty.
+        params: the options.
+        folder: where states and metrics are kept.
 
     Raises:
-        ArithmeticError: the loss is no finite number any more.
+        ArithmeticError: the loss or the gradient is NaN or infinity.
     """
-    choose_parameters(model, options)
-    if options.activation_checkpointing:
+    select_trainable(model, params)
+    if params.activation_checkpointing:
         checkpoint_activations(model)
-    optimizer = Optimizer(model, options.weight_decay)
-    per_step = options.batch_size * options.grad_accum * data_parallel_size()
-    per_epoch = math.ceil(len(training) / per_step)
-    steps = options.epochs * per_epoch
-    trained, numbers = (sum(map(torch.numel, tensors)) for tensors in (optimizer.masters.values(), model.parameters()))
+    optimizer = Optimizer(model, params.weight_decay)
+    examples_per_step = params.batch_size * params.grad_accum * data_parallel_size()
+    steps_per_epoch = math.ceil(len(training) / examples_per_step)
+    steps = params.epochs * steps_per_epoch
     logger.info(
-        "%d examples to learn from, %d to see how well; %d steps of %d; trained: %s of %s numbers on each process",
-        len(training), len(validation), steps, min(per_step, len(training)), f"{trained:,}", f"{numbers:,}",
-    )  # fmt: skip
-
-    start = resume(optimizer, folder)
-    bar = tqdm(
-        range(start, steps), "training", steps, initial=start, unit=" steps", disable=None if is_first_rank() else True
+        "%d examples for training, %d for validation; %d steps of %d examples; %s of %s parameters of each process are "
+        "trained",
+        len(training),
+        len(validation),
+        steps,
+        min(examples_per_step, len(training)),
+        f"{sum(weight.numel() for weight in optimizer.master_weights.values()):,}",
+        f"{sum(parameter.numel() for parameter in model.parameters()):,}",
     )
-    order = shuffled(training, start // per_epoch, options.seed)
-    for step in bar:
-        epoch, turn = divmod(step, per_epoch)
-        if turn == 0:
-            validate(model, validation, options, folder, step)
-            order = shuffled(training, epoch, options.seed)
-        examples = order[turn * per_step : (turn + 1) * per_step]
-        rate = learning_rate(step, steps, options.peak_rate, options.warmup)
-        began = time.perf_counter()
-        loss, norm = learn(model, optimizer, examples, rate, options)
-        speed = sum(len(example.tokens) for example in examples) / (time.perf_counter() - began)
+
+    first_step = resume(optimizer, folder)
+    progress = tqdm(
+        range(first_step, steps),
+        "training",
+        steps,
+        initial=first_step,
+        unit=" steps",
+        disable=None if is_first_rank() else True,  # None: shown on a terminal only
+    )
+    order = shuffled(training, first_step // steps_per_epoch, params.seed)
+    for step in progress:
+        epoch, step_of_epoch = divmod(step, steps_per_epoch)
+        if step_of_epoch == 0:
+            log_validation_loss(model, validation, params, folder, step)
+            order = shuffled(training, epoch, params.seed)
+        examples = order[step_of_epoch * examples_per_step : (step_of_epoch + 1) * examples_per_step]
+        rate = learning_rate(step, steps, params.peak_lr, params.warmup)
+        begin = time.perf_counter()
+        loss, norm = train_step(model, optimizer, examples, rate, params)
+        tokens_per_second = sum(len(example.tokens) for example in examples) / (time.perf_counter() - begin)
         if not math.isfinite(loss + norm):
             raise ArithmeticError(
-                f"step {step + 1}: the loss is {loss} and the gradient's length {norm}: try a lower lr"
-                + ("" if step else ", if the model computes something finite at all")
+                f"step {step + 1}: the loss is {loss} and the gradient norm is {norm}: try a lower lr"
+                + ("" if step else "; or the model computes NaN or infinity even without training")
             )
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s")
-        folder.log(step=step + 1, loss=loss, learning_rate=rate, gradient_norm=norm, tokens_per_second=round(speed, 1))
-        if turn + 1 == per_epoch:
-            logger.info("epoch %d of %d: loss %.3f", epoch + 1, options.epochs, loss)
-        if (step + 1) % options.save_every == 0 or step + 1 == steps:
-            folder.save(step + 1, optimizer.state())
-    merge_adapters(model)
-    validate(model, validation, options, folder, steps)
+        progress.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:.0f} tokens/s")
+        folder.log(
+            step=step + 1,
+            loss=loss,
+            learning_rate=rate,
+            gradient_norm=norm,
+            tokens_per_second=round(tokens_per_second, 1),
+        )
+        if step_of_epoch + 1 == steps_per_epoch:
+            logger.info("epoch %d of %d: loss %.3f", epoch + 1, params.epochs, loss)
+        if (step + 1) % params.save_every == 0 or step + 1 == steps:
+            folder.save_state(step + 1, optimizer.state())
+    merge_lora(model)
+    log_validation_loss(model, validation, params, folder, steps)
 
 
 def resume(optimizer: Optimizer, folder: RunFolder) -> int:
-    """Take up the newest state in the folder, if there is one; returns the steps made so far."""
-    state = folder.newest()
+    """Restore the last saved state of the folder, if there is one, and return the number of steps that it has made."""
+    state = folder.load_state()
     if state is None:
         return 0
     optimizer.restore(state)
-    logger.info("going on after step %d", state["step"])
+    logger.info("resuming after step %d", state["step"])
     return int(state["step"])
 
 
-def choose_parameters(model: Transformer, options: TrainingParams) -> None:
-    """Let those parameters that are to be trained, and no others, have gradients."""
-    if options.train == "lora":
-        add_adapters(model, options.lora_rank, options.seed)
+def select_trainable(model: Transformer, params: TrainingParams) -> None:
+    """Make those parameters require gradients that `params.train` names, and no others."""
+    if params.train == "lora":
+        add_lora(model, params.lora_rank, params.seed)
     else:
-        part, _ = TRAIN[options.train]
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(part in name)
+            parameter.requires_grad_(TRAIN[params.train].name_part in name)
 
 
 def checkpoint_activations(model: Transformer) -> None:
-    """Keep only what goes into each layer, and compute what happens within it again when gradients are wanted.
+    """Keep only the input of each layer in the forward pass, and compute the layer again in the backward pass.
 
-    A third more arithmetic, for a fraction of the memory (arXiv 1604.06174).
+    This takes a third more time, and a fraction of the memory (arXiv 1604.06174).
     """
     for layer in model.layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def learn(
-    model: Transformer, optimizer: Optimizer, examples: Sequence[Example], rate: float, options: TrainingParams
+def train_step(
+    model: Transformer, optimizer: Optimizer, examples: Sequence[Example], rate: float, params: TrainingParams
 ) -> tuple[float, float]:
-    """One step: learn from examples, which are dealt to all copies of the model, and read in batches.
+    """Make one step: train on examples, which are sharded over the copies of the model and split into batches.
 
     Returns:
-        The loss over all of them before the step, and the length of its gradient.
+        The loss over all of the examples before the step, and the gradient norm before clipping.
     """
     device = model.norm.weight.device
-    count = sum(example.n_learned for example in examples)  # of all batches of all processes: see `llama.finetune.loss`
+    n_loss_tokens = sum(example.n_loss_tokens for example in examples)  # of all processes; see `llama.finetune.loss`
     total = torch.zeros((), device=device)
-    for part in shard(examples, options.batch_size):
-        loss = summed_loss(model, make_batch(part, device)) / count
+    for batch in shard(examples, params.batch_size):
+        loss = summed_loss(model, make_batch(batch, device)) / n_loss_tokens
         loss.backward()
-        optimizer.add_gradients()
+        optimizer.accumulate_gradients()
         total += loss.detach()
     optimizer.sum_gradients()
-    return sum_over_data_parallel(total).item(), optimizer.step(rate, options.clip)
+    return sum_over_data_parallel(total).item(), optimizer.step(rate, params.clip)
 
 
-def validate(
-    model: Transformer, validation: Sequence[Example], options: TrainingParams, folder: RunFolder, step: int
+def log_validation_loss(
+    model: Transformer, validation: Sequence[Example], params: TrainingParams, folder: RunFolder, step: int
 ) -> None:
-    """Measure the loss on examples that nothing is learned from, after `step` steps."""
+    """Compute and log the validation loss after `step` steps, if there are examples for it."""
     if validation:
-        loss = mean_loss(model, validation, options.batch_size)
+        loss = mean_loss(model, validation, params.batch_size)
         folder.log(step=step, validation_loss=loss)
         logger.info("after %d steps: validation loss %.3f", step, loss)
