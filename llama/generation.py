@@ -20,7 +20,7 @@ from llama import distributed
 from llama.batch import complete, stream
 from llama.chat_format import ChatFormat
 from llama.checkpoint import Checkpoint, check_tensors, load_model, open_checkpoint
-from llama.checkpoint.memory import explain_out_of_memory, report
+from llama.checkpoint.memory import check_memory, explain_out_of_memory
 from llama.device import default_dtype
 from llama.dialog import Dialog, Message, Role
 from llama.errors import InputError
@@ -122,7 +122,7 @@ class Llama:
         distributed.silence_stdout()
         dtype = default_dtype(chosen_device) if dtype is None else dtype
         args.check(distributed.model_parallel_size())
-        report(args, chosen_device, dtype)
+        check_memory(args, chosen_device, dtype)
         with explain_out_of_memory(args, chosen_device, dtype):
             model = load_model(checkpoint, args, device=chosen_device, dtype=dtype)
             model.setup_cache()

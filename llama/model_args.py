@@ -53,6 +53,8 @@ class ModelArgs:
         factors = ("norm_eps", "rope_theta", "rope_scaling_factor", "rope_original_max_seq_len", "ffn_dim_multiplier")
         sizes = ("dim", "n_layers", "n_heads", "kv_heads", "vocab_size", "head_size", "multiple_of", "ffn_size")
         limits = ("max_batch_size", "max_seq_len", "max_position_embeddings")
+        if self.ffn_dim_multiplier is not None and self.ffn_dim_multiplier > 1e6:
+            raise InputError(f"ffn_dim_multiplier={self.ffn_dim_multiplier} is too large")
         for name in (*factors, *sizes, *limits):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -60,8 +62,6 @@ class ModelArgs:
         low, high, divisors = self.rope_low_freq_factor, self.rope_high_freq_factor, self.rope_divisors
         if not 0 < low < high < math.inf:
             raise InputError(f"rope_low_freq_factor={low} must be above 0, and below rope_high_freq_factor={high}")
-        if self.ffn_dim_multiplier is not None and self.ffn_dim_multiplier > 1e6:
-            raise InputError(f"ffn_dim_multiplier={self.ffn_dim_multiplier} is too large")
         if self.head_dim is None and self.dim % self.n_heads:
             raise InputError(f"dim={self.dim} must be a multiple of n_heads={self.n_heads}, or head_dim be given")
         if self.head_size % 2:

@@ -90,9 +90,6 @@ def check_memory(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> N
             logger.warning("only %.2f GB of memory are free; %s", free / 1e9, _describe(args, device, dtype))
 
 
-report = check_memory  # its former name
-
-
 def free_host_memory() -> int | None:
     """Bytes of memory that are available without swapping; None if the operating system doesn't say."""
     try:
