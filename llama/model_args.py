@@ -53,12 +53,12 @@ class ModelArgs:
         factors = ("norm_eps", "rope_theta", "rope_scaling_factor", "rope_original_max_seq_len", "ffn_dim_multiplier")
         sizes = ("dim", "n_layers", "n_heads", "kv_heads", "vocab_size", "head_size", "multiple_of", "ffn_size")
         limits = ("max_batch_size", "max_seq_len", "max_position_embeddings")
-        if self.ffn_dim_multiplier is not None and self.ffn_dim_multiplier > 1e6:
-            raise InputError(f"ffn_dim_multiplier={self.ffn_dim_multiplier} is too large")
         for name in (*factors, *sizes, *limits):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name}={value} must be {'a number above 0' if name in factors else 'at least 1'}")
+            if name == "ffn_dim_multiplier" and (value or 0) > 1e6:
+                raise InputError(f"{name}={value} is too large")
         low, high, divisors = self.rope_low_freq_factor, self.rope_high_freq_factor, self.rope_divisors
         if not 0 < low < high < math.inf:
             raise InputError(f"rope_low_freq_factor={low} must be above 0, and below rope_high_freq_factor={high}")
