@@ -126,7 +126,7 @@ class VocabParallelEmbedding(nn.Embedding):
         self.first = model_parallel_rank() * self.num_embeddings
 
     def reset_parameters(self) -> None:
-        if not self.weight.is_meta:  # there, torch would import its whole compiler to draw nothing
+        if not self.weight.is_meta:  # there, torch would import its whole compiler to initialize nothing
             super().reset_parameters()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

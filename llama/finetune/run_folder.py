@@ -51,10 +51,10 @@ class RunFolder:
                     write_json(folder / "settings.json", settings)
 
         on_first_rank(create)
-        found = read_json(self.path / "settings.json")
-        changed = [key for key in sorted({*found, *settings}) if found.get(key) != settings.get(key)]
+        saved = read_json(self.path / "settings.json")
+        changed = [key for key in sorted({*saved, *settings}) if saved.get(key) != settings.get(key)]
         if changed:
-            differences = ", ".join(f"{key}={found.get(key)!r} (now {settings.get(key)!r})" for key in changed)
+            differences = ", ".join(f"{key}={saved.get(key)!r} (now {settings.get(key)!r})" for key in changed)
             raise InputError(
                 f"{self.path} holds an interrupted run with {differences}: give the same options to resume it, or "
                 f"remove that folder to start again"
