@@ -1,22 +1,23 @@
-"""Builds a checkpoint and writes down everything it generates: run under torchrun by test_parallel.py."""
+"""Builds a checkpoint and saves all that it generates: run under torchrun by test_parallel.py."""
 
 import json
 import logging
 import os
 import sys
+from pathlib import Path
 
 import torch
 
 from llama import Llama
 
 
-def everything(folder) -> dict:
-    """Greedy and sampled tokens with logprobs, a chat, and how much memory the model takes."""
+def generate_everything(folder: Path) -> dict:
+    """What each kind of call returns, and how many numbers the parameters and the cache of this process are."""
     llama = Llama.build(folder, None, 96, 4, device="cpu", dtype=torch.float32)
     if int(os.environ.get("RANK", "0")):
-        torch.rand(1000)  # the other ranks' random state is not the first's: their tokens are the same all the same
+        torch.rand(1000)  # the tokens are those of rank 0, though the other ranks have another random state
     prompts = [[7, 8, 9], [100] * 40, [5, 6, 5, 6, 5], [300, 301]]
-    found = {
+    results = {
         "greedy": llama.generate(prompts, 20, 0, logprobs=True, echo=True),
         "sampled": llama.generate(prompts[:1] * 4, 20, 0.8, 0.95, logprobs=True),
         "chat": llama.chat_completion([[{"role": "user", "content": "the user in there"}]], 0.6, 0.9, 12),
@@ -24,17 +25,18 @@ def everything(folder) -> dict:
         "stream": [list(piece) for piece in llama.generate_stream(prompts, 12, 1.2, 1.0, seed=3, top_k=40)],
         "text stream": [piece.text for piece in llama.text_completion_stream(["the user"], 1.2, 1.0, 30, seed=5)],
         "stop": llama.text_completion(["the user"], 0, max_gen_len=20, stop=["e", "t"]),
-        "again": llama.generate([[*prompts[0], 5]], 5, 0, reuse_cache=True)[0],
-        "weights": sum(weight.numel() for weight in llama.model.parameters()),
+        "reused cache": llama.generate([[*prompts[0], 5]], 5, 0, reuse_cache=True)[0],
+        "parameters": sum(weight.numel() for weight in llama.model.parameters()),
         "cache": llama.model.cache.keys.numel(),
     }
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(results))
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    result = everything(sys.argv[1])
-    with open(f"{sys.argv[2]}.{os.environ['RANK']}", "w") as file:
-        json.dump(result | {"backend": torch.distributed.get_backend()}, file)
+    folder, path = map(Path, sys.argv[1:])
+    results = generate_everything(folder) | {"backend": torch.distributed.get_backend()}
+    rank = os.environ["RANK"]
+    path.with_name(f"{path.name}.{rank}").write_text(json.dumps(results))
     print("done")
-    sys.stderr.write(f"rank {os.environ['RANK']} still has its standard error\n")
+    sys.stderr.write(f"rank {rank} can write to standard error\n")

@@ -1,4 +1,4 @@
-"""The network: parity with Hugging Face's, and the contract of `forward`."""
+"""The network: the logits and gradients of Hugging Face's, and what `forward` promises."""
 
 import math
 from dataclasses import replace
@@ -11,7 +11,6 @@ from conftest import hugging_face_twin, strong, tiny_args, tiny_model
 from llama.model import (
     Attention,
     FeedForward,
-    ModelArgs,
     RMSNorm,
     Transformer,
     TransformerBlock,
@@ -20,6 +19,7 @@ from llama.model import (
     repeat_kv,
     reshape_for_broadcast,
 )
+from llama.model_args import ModelArgs
 
 SEQ = 80
 
@@ -46,53 +46,52 @@ VARIANTS = {
 def test_logits_equal_hugging_face(changes):
     model = tiny_model(**changes)
     tokens = random_tokens(model)
-    theirs = hugging_face_twin(model)(tokens).logits
-    assert theirs.std() > 1  # else nothing would be shown
-    for ours in (model(tokens), model(tokens, 0)):
-        assert ours.dtype == torch.float32
-        assert (ours - theirs).abs().max() < 1e-4
+    expected = hugging_face_twin(model)(tokens).logits
+    assert expected.std() > 1  # with small logits, any network would be within the tolerance
+    for logits in (model(tokens), model(tokens, 0)):
+        assert logits.dtype == torch.float32
+        assert (logits - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("part", ["rotation", "scaling", "groups", "eps"])
 @torch.no_grad()
-def test_parity_would_notice(part):
-    """The parity test can fail: with one part of the network changed, the logits are far from what they were."""
+def test_a_changed_part_of_the_network_changes_the_logits(part):
+    """By much more than the tolerance of the test above, which therefore can fail."""
     args = tiny_args(use_scaled_rope=True, rope_original_max_seq_len=64)
     model = strong(Transformer(args))
     tokens = random_tokens(model)
-    right = model(tokens)
+    logits = model(tokens)
     if part == "rotation":
         model.freqs_cis = torch.ones_like(model.freqs_cis)
     elif part == "scaling":
-        other = Transformer(replace(args, rope_scaling_factor=32.0))
-        model.freqs_cis = other.freqs_cis
+        model.freqs_cis = Transformer(replace(args, rope_scaling_factor=32.0)).freqs_cis
     elif part == "groups":
         for layer in model.layers:
             layer.attention.wk.weight.copy_(layer.attention.wk.weight.roll(args.head_size, 0))
     else:
         model.norm.eps = 0.1
-    assert (model(tokens) - right).abs().max() > 20 * 1e-4
+    assert (model(tokens) - logits).abs().max() > 20 * 1e-4
 
 
 @torch.no_grad()
 def test_any_chunks_at_any_position():
     model = tiny_model()
     tokens = random_tokens(model)
-    whole = model(tokens)
+    logits = model(tokens)
     for cuts in ([0, 1, 2, 3, SEQ], [0, 40, SEQ], [0, 7, 30, 31, 64, SEQ], list(range(SEQ + 1))):
-        chunks = [model(tokens[:, a:b], a) for a, b in pairwise(cuts)]
-        assert torch.allclose(torch.cat(chunks, 1), whole, atol=1e-4), cuts
-    # going back to an earlier position reads only what comes before it
-    assert torch.allclose(model(tokens[:, 20:40], 20), whole[:, 20:40], atol=1e-4)
+        chunks = [model(tokens[:, start:end], start) for start, end in pairwise(cuts)]
+        assert torch.allclose(torch.cat(chunks, 1), logits, atol=1e-4), cuts
+    # At an earlier position again, only what comes before it is attended to.
+    assert torch.allclose(model(tokens[:, 20:40], 20), logits[:, 20:40], atol=1e-4)
 
 
 @torch.no_grad()
-def test_fewer_rows_than_before_read_their_own_cache():
+def test_fewer_rows_than_before_attend_to_their_own_cache():
     model = tiny_model()
     tokens = random_tokens(model, batch=4)
-    whole = model(tokens)
+    logits = model(tokens)
     model(tokens[:, :50], 0)
-    assert torch.allclose(model(tokens[:2, 50:], 50), whole[:2, 50:], atol=1e-4)
+    assert torch.allclose(model(tokens[:2, 50:], 50), logits[:2, 50:], atol=1e-4)
 
 
 @pytest.mark.parametrize("seq", [1, 5])
@@ -100,14 +99,14 @@ def test_fewer_rows_than_before_read_their_own_cache():
 def test_a_position_for_each_row(seq):
     model = tiny_model()
     tokens = random_tokens(model, batch=3)
-    whole = model(tokens)
-    start = torch.tensor([4, 70, 33])
+    logits = model(tokens)
+    start_pos = torch.tensor([4, 70, 33])
     model(tokens[:, :70], 0)
-    model.cache.keys[:, 0, 4:] = 1e4  # what lies behind a row's position is never read
-    model.cache.values[:, 0, 4:] = 1e4
+    model.cache.keys[:, 0, :, 4:] = 1e4  # row 0 doesn't attend to positions after its own
+    model.cache.values[:, 0, :, 4:] = 1e4
     rows = torch.arange(3)[:, None]
-    positions = start[:, None] + torch.arange(seq)
-    assert torch.allclose(model(tokens[rows, positions], start), whole[rows, positions], atol=1e-4)
+    positions = start_pos[:, None] + torch.arange(seq)
+    assert torch.allclose(model(tokens[rows, positions], start_pos), logits[rows, positions], atol=1e-4)
 
 
 def test_gradients_flow_without_a_cache_and_match_hugging_face():
@@ -132,7 +131,7 @@ def test_with_a_cache_no_gradients_and_training_after_generating():
     model = tiny_model()
     tokens = random_tokens(model)
     with torch.inference_mode():
-        model(tokens[:, :10], 0)  # makes the cache here, which must not spoil it for what follows
+        model(tokens[:, :10], 0)  # the cache that is made here can be written to outside of inference mode, too
     assert not model(tokens[:, 10:], 10).requires_grad
     assert not model.hidden_states(tokens[:, 10:], 10).requires_grad
     model(tokens).sum().backward()
@@ -144,16 +143,16 @@ def test_with_a_cache_no_gradients_and_training_after_generating():
 def test_dtype_follows_the_model(dtype):
     model = tiny_model()
     tokens = random_tokens(model)
-    single = model(tokens, 0)
-    table = model.freqs_cis.clone()
+    expected = model(tokens, 0)
+    freqs_cis = model.freqs_cis.clone()
     model.to(dtype)
     logits = model(tokens, 0)
     assert logits.dtype == torch.float32
     assert model.cache.keys.dtype == model.cache.values.dtype == dtype
     assert model.freqs_cis.dtype == torch.complex64
-    assert torch.equal(model.freqs_cis, table)
-    error = (logits - single).abs().mean()
-    assert error < (1e-5 if dtype == torch.float64 else 0.05 * single.std())  # 16-bit weights are rounded
+    assert torch.equal(model.freqs_cis, freqs_cis)
+    error = (logits - expected).abs().mean()
+    assert error < (1e-5 if dtype == torch.float64 else 0.05 * expected.std())  # 16-bit weights are rounded
 
 
 def test_state_dict_has_the_checkpoint_names_and_nothing_else():
@@ -170,17 +169,8 @@ def test_state_dict_has_the_checkpoint_names_and_nothing_else():
     }
 
 
-def test_cache_has_the_promised_size():
-    model = tiny_model()
-    cache = model.setup_cache()
-    args = model.params
-    positions = args.max_batch_size * args.max_seq_len
-    assert cache.keys.numel() == args.n_layers * positions * args.n_kv_heads * args.head_size
-    assert model.setup_cache() is cache
-
-
 @pytest.mark.parametrize(
-    ("model", "width"),
+    ("sizes", "width"),
     [
         ({"dim": 4096, "multiple_of": 256}, 11008),  # Llama 2 7B
         ({"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}, 28672),  # Llama 2 70B, Llama 3 70B
@@ -189,12 +179,12 @@ def test_cache_has_the_promised_size():
         ({"dim": 576, "ffn_dim": 1536}, 1536),  # SmolLM2
     ],
 )
-def test_feed_forward_width(model, width):
-    assert ModelArgs(**model).ffn_size == width
+def test_feed_forward_width(sizes, width):
+    assert ModelArgs(**sizes).ffn_size == width
 
 
 def test_model_args_order_and_defaults():
-    """Positional calls written for the reference stay right."""
+    """They are the reference's, so that positional arguments mean the same."""
     args = ModelArgs(64, 1, 4, 2, 300, 32, 1.5, 1e-6, 10000.0, 3, 17)
     assert (args.dim, args.n_layers, args.n_heads, args.n_kv_heads, args.vocab_size) == (64, 1, 4, 2, 300)
     assert (args.multiple_of, args.ffn_dim_multiplier, args.norm_eps) == (32, 1.5, 1e-6)
@@ -210,51 +200,58 @@ def test_rms_norm():
     norm = RMSNorm(8, eps=0.1)
     torch.nn.init.uniform_(norm.weight)
     x = torch.randn(3, 5, 8, dtype=torch.bfloat16)
-    want = x.double() / (x.double().square().mean(-1, keepdim=True) + 0.1).sqrt()
-    assert torch.allclose(norm(x).double(), want * norm.weight.double(), atol=0.02)
-    assert torch.equal(norm.to(torch.bfloat16)(x), want.bfloat16() * norm.weight)
+    normed = x.double() / (x.double().square().mean(-1, keepdim=True) + 0.1).sqrt()
+    assert torch.allclose(norm(x).double(), normed * norm.weight.double(), atol=0.02)
+    assert torch.equal(norm.to(torch.bfloat16)(x), normed.bfloat16() * norm.weight)
 
 
-def test_rotation_table():
-    table = precompute_freqs_cis(64, 100, 10000.0)
-    assert table.shape == (100, 32)
-    assert table.dtype == torch.complex64
-    for pos, j in ((0, 0), (1, 0), (99, 31), (57, 11)):
-        angle = pos * 10000.0 ** (-2 * j / 64)
-        assert abs(table[pos, j].item() - complex(math.cos(angle), math.sin(angle))) < 1e-5
+def test_freqs_cis():
+    freqs_cis = precompute_freqs_cis(64, 100, 10000.0)
+    assert freqs_cis.shape == (100, 32)
+    assert freqs_cis.dtype == torch.complex64
+    for position, j in ((0, 0), (1, 0), (99, 31), (57, 11)):
+        angle = position * 10000.0 ** (-2 * j / 64)
+        assert abs(freqs_cis[position, j].item() - complex(math.cos(angle), math.sin(angle))) < 1e-5
 
 
-def test_scaled_rotation_table():
-    """Each frequency is kept, divided or blended by its wavelength; written out one by one here."""
-    table = precompute_freqs_cis(128, 2, 500000.0, True, scaling_factor=8.0)
+def test_scaled_freqs_cis():
+    """Each frequency is kept, divided or interpolated, depending on its wavelength."""
+    freqs_cis = precompute_freqs_cis(128, 2, 500000.0, True, scaling_factor=8.0)
     kinds = set()
     for j in range(64):
         freq = 500000.0 ** (-2 * j / 128)
         wavelength = 2 * math.pi / freq
         if wavelength > 8192 / 1:
-            want, kind = freq / 8, "divided"
+            expected, kind = freq / 8, "divided"
         elif wavelength < 8192 / 4:
-            want, kind = freq, "kept"
+            expected, kind = freq, "kept"
         else:
-            s = (8192 / wavelength - 1) / (4 - 1)
-            want, kind = (1 - s) * freq / 8 + s * freq, "blended"
+            keep = (8192 / wavelength - 1) / (4 - 1)
+            expected, kind = (1 - keep) * freq / 8 + keep * freq, "interpolated"
         kinds.add(kind)
-        assert math.isclose(table[1, j].angle().item(), want, rel_tol=1e-5), (j, kind)
-    assert kinds == {"kept", "divided", "blended"}
-    assert torch.equal(precompute_freqs_cis(128, 2, 500000.0, True), table)  # Llama 3.1's numbers are the defaults
+        assert math.isclose(freqs_cis[1, j].angle().item(), expected, rel_tol=1e-5), (j, kind)
+    assert kinds == {"kept", "divided", "interpolated"}
+    assert torch.equal(precompute_freqs_cis(128, 2, 500000.0, True), freqs_cis)  # the defaults are Llama 3.1's
 
 
-def test_rotation_turns_neighbouring_pairs():
+def test_divisors_of_the_frequencies():
+    plain = precompute_freqs_cis(8, 2).angle()[1]
+    assert torch.allclose(precompute_freqs_cis(8, 2, divisors=[4.0]).angle()[1], plain / 4)
+    divisors = [1.0, 2.0, 3.0, 4.0]
+    assert torch.allclose(precompute_freqs_cis(8, 2, divisors=divisors).angle()[1], plain / torch.tensor(divisors))
+
+
+def test_apply_rotary_emb_rotates_neighbouring_features():
     x = torch.zeros(1, 3, 1, 4)
     x[0, :, 0, 2] = 1.0  # feature 2 pairs with feature 3
-    table = precompute_freqs_cis(4, 3)
-    turned, _ = apply_rotary_emb(x, x, table)
+    freqs_cis = precompute_freqs_cis(4, 3)
+    rotated, _ = apply_rotary_emb(x, x, freqs_cis)
     angle = torch.arange(3) * 10000.0 ** (-2 / 4)
-    assert torch.allclose(turned[0, :, 0], torch.stack([0 * angle, 0 * angle, angle.cos(), angle.sin()], 1))
-    assert reshape_for_broadcast(table, torch.zeros(5, 3, 7, 2)).shape == (1, 3, 1, 2)
-    assert reshape_for_broadcast(table.expand(5, 3, 2), torch.zeros(5, 3, 7, 2)).shape == (5, 3, 1, 2)
+    assert torch.allclose(rotated[0, :, 0], torch.stack([0 * angle, 0 * angle, angle.cos(), angle.sin()], 1))
+    assert reshape_for_broadcast(freqs_cis, torch.zeros(5, 3, 7, 2)).shape == (1, 3, 1, 2)
+    assert reshape_for_broadcast(freqs_cis.expand(5, 3, 2), torch.zeros(5, 3, 7, 2)).shape == (5, 3, 1, 2)
     with pytest.raises(ValueError, match=r"\(3, 2\).*\(1, 5, 1, 2\)"):
-        reshape_for_broadcast(table, torch.zeros(1, 5, 1, 2))
+        reshape_for_broadcast(freqs_cis, torch.zeros(1, 5, 1, 2))
 
 
 def test_repeat_kv():
@@ -283,13 +280,13 @@ def test_parts_can_be_made_alone():
         ({"max_batch_size": -3}, "max_batch_size=-3 must be at least 1"),
     ],
 )
-def test_sizes_that_fit_no_network(changes, message):
+def test_sizes_that_make_no_network(changes, message):
     with pytest.raises(ValueError, match=message) as error:
         Transformer(tiny_args(**changes))
     assert isinstance(error.value, AssertionError)
 
 
-def test_past_the_caches_end():
+def test_more_positions_or_rows_than_the_cache_has():
     model = tiny_model()
     with pytest.raises(ValueError, match="position 96 is past the end: max_seq_len=96"):
         model(random_tokens(model, seq=1), 96)
@@ -305,12 +302,12 @@ def test_past_the_caches_end():
     [
         ((2, 3), -1, "start_pos=-1 must be at least 0"),
         ((2, 3), torch.tensor([4, -2]), "start_pos=-2 must be at least 0"),
-        ((2, 3), torch.tensor([4]), r"a position for each of 2 rows, not \(1,\)"),
-        ((2, 3), torch.tensor(4), r"a position for each of 2 rows, not \(\)"),
+        ((2, 3), torch.tensor([4]), r"start_pos must have shape \(2,\), not \(1,\)"),
+        ((2, 3), torch.tensor(4), r"start_pos must have shape \(2,\), not \(\)"),
         ((3,), 0, r"tokens must be \(batch, seq\), not of shape \(3,\)"),
     ],
 )
-def test_positions_that_are_none(shape, start_pos, message):
+def test_wrong_shapes_and_positions(shape, start_pos, message):
     with pytest.raises(ValueError, match=message):
         tiny_model()(torch.zeros(shape, dtype=torch.long), start_pos)
 

@@ -1,10 +1,10 @@
-"""Devices, without having them: fake tensors know where they are, and refuse to be mixed."""
+"""Nothing mixes tensors of two devices. Shown without a GPU, by fake tensors: they have a device, but no values."""
 
 import contextlib
 
 import pytest
 import torch
-from conftest import ScriptedModel, ScriptedTokenizer, tiny_args, tiny_model
+from conftest import ScriptedModel, ScriptedTokenizer, tiny_args
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
@@ -15,28 +15,28 @@ BATCH, SEQ = 3, 12
 aten = torch.ops.aten
 
 
-class SpelledOut(TorchFunctionMode):
-    """Says `x[...]`, `x[...] = y` and `x.to(device)` in other words.
+class WithoutCUDABuild(TorchFunctionMode):
+    """Replaces `x[...]`, `x[...] = y` and `x.to(device)` by other functions that do the same.
 
-    A torch built without CUDA has fake CUDA tensors, but can't run these three on them.
+    A torch that is built without CUDA has fake CUDA tensors, but can't run these three on them.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.Tensor.__getitem__:
-            return self.get(*args)
+            return self.get_item(*args)
         if function is torch.Tensor.__setitem__:
-            return self.put(*args)
+            return self.set_item(*args)
         if function is torch.Tensor.to and isinstance(args[1], torch.device):
             return args[0] if args[0].device == args[1] else aten._to_copy.default(args[0], device=args[1])
         return function(*args, **(kwargs or {}))
 
     @staticmethod
-    def get(x, index):
+    def get_item(x, index):
         index = index if isinstance(index, tuple) else (index,)
         if Ellipsis in [i for i in index if not isinstance(i, torch.Tensor)]:
-            rest = x.dim() - sum(i is not Ellipsis and i is not None for i in index)
-            at = index.index(Ellipsis)
-            index = (*index[:at], *[slice(None)] * rest, *index[at + 1 :])
+            n_left_out = x.dim() - sum(i is not Ellipsis and i is not None for i in index)
+            ellipsis = index.index(Ellipsis)
+            index = (*index[:ellipsis], *[slice(None)] * n_left_out, *index[ellipsis + 1 :])
         if any(isinstance(i, torch.Tensor) for i in index):
             return aten.index.Tensor(x, list(index))
         dim = 0
@@ -48,17 +48,17 @@ class SpelledOut(TorchFunctionMode):
             dim += 1
         return x
 
-    def put(self, x, index, value):
+    def set_item(self, x, index, value):
         if isinstance(index[0], torch.Tensor):
             aten.index_put_.default(x, list(index), value)
         else:
-            aten.copy_.default(self.get(x, index), value)
+            aten.copy_.default(self.get_item(x, index), value)
 
 
 class KnownValues(TorchFunctionMode):
-    """Knows the values that the host asks for, where it should ask for them: fake tensors have none.
+    """Gives the host the values that it asks for, where it should ask: fake tensors have none.
 
-    And refuses an index on another device, which PyTorch takes, but has to copy.
+    And refuses an index on another device, which PyTorch accepts, but has to copy.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -66,14 +66,14 @@ class KnownValues(TorchFunctionMode):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             assert all(i.device == args[0].device for i in index if isinstance(i, torch.Tensor))
         if function in (torch.Tensor.max, torch.Tensor.min) and args[0].device.type == "cpu":
-            return SEQ  # the rows' positions
-        if function is torch.Tensor.item:  # which a fake `tolist` calls
+            return SEQ  # of the rows' positions
+        if function is torch.Tensor.item:  # which `tolist` calls on a fake tensor
             return -1.5 if args[0].is_floating_point() else 7  # logprobs or ids
         return function(*args, **(kwargs or {}))
 
 
 def on_cuda(dtype: torch.dtype) -> Transformer:
-    """A network on a CUDA device that isn't there, with the weights put in as `load_model` does it."""
+    """A network on a CUDA device that doesn't exist, made as `load_model` makes it."""
     with torch.device("meta"):
         model = Transformer(tiny_args(use_scaled_rope=True))
     weights = {
@@ -87,25 +87,25 @@ def on_cuda(dtype: torch.dtype) -> Transformer:
 @contextlib.contextmanager
 def fake_cuda():
     built = torch.backends.cuda.is_built()
-    with FakeTensorMode(), contextlib.nullcontext() if built else SpelledOut():
+    with FakeTensorMode(), contextlib.nullcontext() if built else WithoutCUDABuild(), KnownValues():
         yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_reading_and_decoding_mix_no_devices(dtype):
-    with fake_cuda(), KnownValues():
-        positions = torch.full((BATCH,), SEQ)  # the loop holds the rows' positions on the CPU
+def test_prefill_and_decoding_mix_no_devices(dtype):
+    with fake_cuda():
+        positions = torch.full((BATCH,), SEQ)  # the decode loop keeps the rows' positions on the CPU
         model = on_cuda(dtype)
         tokens = torch.zeros(BATCH, SEQ, dtype=torch.long, device="cuda")
         hidden = model.hidden_states(tokens, 0)
         rows = torch.arange(BATCH, device="cuda")
         logits = model.logits(hidden[rows, torch.full((BATCH,), SEQ - 1, device="cuda")])
         for temperature, start_pos in ((0, SEQ), (0.6, SEQ + 1), (0.6, positions)):
-            ids = sample(logits, temperature, 0.9)
-            scores = token_logprobs(logits, ids)
-            logits = model(ids[:, None], start_pos)[:, -1]
-            assert {tensor.device.type for tensor in (ids, scores, logits)} == {"cuda"}
+            next_token = sample(logits, temperature, 0.9)
+            logprobs = token_logprobs(logits, next_token)
+            logits = model(next_token[:, None], start_pos)[:, -1]
+            assert {tensor.device.type for tensor in (next_token, logprobs, logits)} == {"cuda"}
             assert (logits.shape, logits.dtype) == ((BATCH, 320), torch.float32)
         assert model(tokens[:, :4], 6).device.type == "cuda"  # a later chunk
         assert model(tokens).device.type == "cuda"  # without a cache
@@ -113,15 +113,15 @@ def test_reading_and_decoding_mix_no_devices(dtype):
         assert model.freqs_cis.device.type == "cuda"
 
 
-# Of one row there would be tensors of one number: those can't be made in inference mode without a CUDA build.
+# With one row there would be tensors of one element, which a torch without CUDA can't make in inference mode.
 @pytest.mark.parametrize("prompts", [[[5, 6, 7], [4, 4, 4]], [[5, 6, 7], [8], [9] * SEQ]])
 def test_the_decode_loop_mixes_no_devices(prompts):
-    with fake_cuda(), KnownValues():
+    with fake_cuda():
         llama = Llama(on_cuda(torch.bfloat16), ScriptedTokenizer())
         for temperature in (0, 0.6):
-            tokens, scores = llama.generate(prompts, 4, temperature, logprobs=True, echo=True)
+            tokens, logprobs = llama.generate(prompts, 4, temperature, logprobs=True, echo=True)
             assert tokens == [prompt + [7] * 4 for prompt in prompts]
-            assert scores[0] == [0.0] + [-1.5] * 6
+            assert logprobs[0] == [0.0] + [-1.5] * 6
 
 
 @pytest.mark.parametrize(
@@ -134,42 +134,31 @@ def test_the_decode_loop_mixes_no_devices(prompts):
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_the_other_ways_to_decode_mix_no_devices(options):
-    with fake_cuda(), KnownValues():
+def test_the_options_of_a_call_mix_no_devices(options):
+    with fake_cuda():
         llama = Llama(on_cuda(torch.bfloat16), ScriptedTokenizer())
         for _ in range(2):
             tokens, _ = llama.generate([[5, 6, 7], [8, 9]], 4, logprobs=True, **options)
             assert tokens == [[7] * 4] * (2 * options.get("num_return_sequences", 1))
 
 
-def test_a_model_that_computes_elsewhere_than_it_seems():
-    """A model of somebody's own has no parameters, or has them on several devices: its logits say where to go on."""
+def test_decoding_continues_on_the_device_of_the_logits():
+    """A network of another kind may have no parameters, or have them on several devices."""
 
-    class Elsewhere(ScriptedModel):
+    class OnCUDA(ScriptedModel):
         def forward(self, tokens, start_pos):
             return torch.zeros(*tokens.shape, self.vocab_size, device="cuda")
 
-    with fake_cuda(), KnownValues():
-        llama = Llama(Elsewhere(), ScriptedTokenizer())
-        tokens, scores = llama.generate([[5, 6, 7], [4, 4]], 3, 0.6, logprobs=True, echo=True)
+    with fake_cuda():
+        llama = Llama(OnCUDA(), ScriptedTokenizer())
+        tokens, logprobs = llama.generate([[5, 6, 7], [4, 4]], 3, 0.6, logprobs=True, echo=True)
         assert tokens == [[5, 6, 7, 7, 7, 7], [4, 4, 7, 7, 7]]
-        assert scores[1] == [0.0] + [-1.5] * 4
+        assert logprobs[1] == [0.0] + [-1.5] * 4
 
 
 @torch.no_grad()
-def test_fake_tensors_would_notice():
-    with fake_cuda(), KnownValues():
+def test_fake_tensors_refuse_to_be_mixed():
+    with fake_cuda():
         model = on_cuda(torch.float32)
         with pytest.raises(Exception, match="on the same device, but found at least two devices"):
             model(torch.zeros(1, 4, dtype=torch.long), 0)
-
-
-@torch.no_grad()
-def test_a_model_that_moves_takes_its_cache_along():
-    model = tiny_model()
-    model(torch.zeros(1, 4, dtype=torch.long), 0)
-    old = model.cache
-    model.to(torch.float64)
-    assert model.setup_cache() is not old
-    model.to("meta")
-    assert model.setup_cache().keys.is_meta
