@@ -35,7 +35,7 @@ def complete(
     model: LanguageModel, tokenizer: TextTokenizer, prompt_tokens: Sequence[Sequence[int]], params: SamplingParams
 ) -> Output:
     """All answers to prompts of ids, when they are done."""
-    prompts = check_prompts(prompt_tokens, model, tokenizer, max(params.num_return_sequences, params.num_beams))
+    prompts = check_prompts(prompt_tokens, model, tokenizer, params)
     rows = range(len(prompts) * params.num_return_sequences)
     output = Output([[] for _ in rows], [[] for _ in rows], ["" for _ in rows], [None for _ in rows])
     with lock_of(model).turn():
@@ -62,7 +62,7 @@ def stream(
         raise InputError(
             f"num_beams={params.num_beams}: beam search has no answer before it is done, so there is no stream"
         )
-    prompts = check_prompts(prompt_tokens, model, tokenizer, params.num_return_sequences)
+    prompts = check_prompts(prompt_tokens, model, tokenizer, params)
     produce = functools.partial(generate_pieces, model, tokenizer, prompts, params, text=text)
     return lock_of(model).stream(produce)
 
@@ -92,23 +92,24 @@ def generate_pieces(
     prompt_of_row = [prompt for prompt in prompts for _ in range(rows_per_prompt)]
     cache = model.setup_cache() if isinstance(model, CachedModel) else None
 
-    # The prompts: each is prefilled once, and its row of the cache copied.
+    # The prompts: each is prefilled once and its row of the cache copied, or as often as it has rows, if that can't be.
     start_pos = common_prefix(prompts, cache.tokens) if params.reuse_cache and cache is not None else 0
     score_prompts = params.echo and params.logprobs
     if max(max_new_tokens) > 0 or score_prompts:
-        logits, prompt_logprobs = prefill(model, prompts, start_pos, max(max_new_tokens), score_prompts)
-        for prompt, scores in zip(prompts, prompt_logprobs, strict=False):
+        prefilled = prompts if cache is not None else prompt_of_row
+        logits, prompt_logprobs = prefill(model, prefilled, start_pos, max(max_new_tokens), score_prompts)
+        for prompt, scores in zip(prefilled, prompt_logprobs, strict=False):
             if any(map(math.isnan, scores)):
                 raise ArithmeticError(explain_non_finite(model, prompt))
-        if rows_per_prompt > 1:
+        if cache is not None and rows_per_prompt > 1:
+            rows = torch.arange(len(prompts)).repeat_interleave(rows_per_prompt)
+            cache.reorder(rows, max(map(len, prompts)))
             logits = logits.repeat_interleave(rows_per_prompt, dim=0)  # (rows, vocab_size)
-            if cache is not None:
-                rows = torch.arange(len(prompts)).repeat_interleave(rows_per_prompt)
-                cache.reorder(rows, max(map(len, prompts)))
+            prompt_logprobs = [scores for scores in prompt_logprobs for _ in range(rows_per_prompt)]
     for row in range(len(prompts) * params.num_return_sequences):
         i = row // params.num_return_sequences
         for position, token in enumerate(prompts[i] if params.echo else ()):
-            yield Piece(row, token, prompt_logprobs[i][position] if score_prompts else None, "")
+            yield Piece(row, token, prompt_logprobs[i * rows_per_prompt][position] if score_prompts else None, "")
         if max_new_tokens[i] < 1:
             yield Piece(row, None, None, "", "length")
     if max(max_new_tokens) < 1:

@@ -40,8 +40,22 @@ class KVCache:
             self.values = torch.zeros_like(self.keys)
         self.tokens: list[list[int]] = []
 
-    def layers(self, batch: int, end: int, slots: tuple[Any, ...]) -> list[LayerCache]:
-        """Of each layer, the first `batch` rows up to position `end`."""
+    def layers(self, batch: int, seq: int, start_pos: int | torch.Tensor) -> list[LayerCache]:
+        """Each layer's part of the cache for a call that adds `seq` tokens to each of the first `batch` rows.
+
+        Args:
+            start_pos: the position of each row's first new token: an int, or (batch,) int64 where rows differ.
+        """
+        self.tokens = []  # this call changes what is there
+        if isinstance(start_pos, torch.Tensor):
+            end, device = int(start_pos.max()) + seq, self.keys.device
+            positions = start_pos.to(device)[:, None] + torch.arange(seq, device=device)  # (batch, seq)
+            rows = torch.arange(batch, device=device)[:, None, None]
+            heads = torch.arange(self.keys.shape[2], device=device)[:, None]
+            slots: tuple[Any, ...] = (rows, heads, positions[:, None])  # indexes (batch, n_kv_heads, seq) slots
+        else:
+            end = start_pos + seq
+            slots = (..., slice(start_pos, end), slice(None))
         keys, values = self.keys[:, :batch, :, :end].unbind(0), self.values[:, :batch, :, :end].unbind(0)
         return [LayerCache(k, v, slots) for k, v in zip(keys, values, strict=True)]
 

@@ -11,7 +11,6 @@ Sources: Llama 2 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783).
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -284,11 +283,10 @@ class Transformer(nn.Module):
     def _hidden_states(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None) -> torch.Tensor:
         end = self._check(tokens, start_pos)
         h = self.tok_embeddings(tokens)  # (batch, seq, dim)
-        freqs_cis, mask, slots = self._positions(tokens, 0 if start_pos is None else start_pos, end)
+        freqs_cis, mask = self._positions(tokens, 0 if start_pos is None else start_pos, end)
         caches: Sequence[LayerCache | None] = [None] * self.n_layers
         if start_pos is not None:
-            cache = self.setup_cache()
-            cache.tokens, caches = [], cache.layers(len(tokens), end, slots)
+            caches = self.setup_cache().layers(len(tokens), tokens.shape[1], start_pos)
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             h = layer(h, freqs_cis, mask, layer_cache)
         return self.norm(h)
@@ -313,26 +311,22 @@ class Transformer(nn.Module):
 
     def _positions(
         self, tokens: torch.Tensor, start_pos: int | torch.Tensor, end: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[Any, ...]]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What every layer needs to know of the positions of `tokens`, (batch, seq).
 
         Returns:
             freqs_cis: their rotations, (seq, head_dim / 2), or (batch, seq, head_dim / 2) where rows differ.
             mask: True where a token may attend, (1 or batch, 1, seq, end); None if to all positions up to its own.
-            slots: their index into (batch, n_kv_heads, end, head_dim) of a layer's cache.
         """
-        (batch, seq), device = tokens.shape, tokens.device
+        seq, device = tokens.shape[1], tokens.device
         if self.freqs_cis.device != device:
             with torch.inference_mode(False):
                 self.freqs_cis = self.freqs_cis.to(device)
         if isinstance(start_pos, torch.Tensor):
             positions = start_pos.to(device)[:, None] + torch.arange(seq, device=device)  # (batch, seq)
             mask = torch.arange(end, device=device) <= positions[:, None, :, None]  # (batch, 1, seq, end)
-            rows = torch.arange(batch, device=device)[:, None, None]
-            heads = torch.arange(local_kv_heads(self.params.kv_heads), device=device)[:, None]
-            return self.freqs_cis[positions], mask, (rows, heads, positions[:, None])
-        slots = (..., slice(start_pos, end), slice(None))
+            return self.freqs_cis[positions], mask
         if start_pos == 0 or seq == 1:
-            return self.freqs_cis[start_pos:end], None, slots
+            return self.freqs_cis[start_pos:end], None
         mask = torch.ones(seq, end, dtype=torch.bool, device=device).tril(start_pos)  # query i stands at start_pos + i
-        return self.freqs_cis[start_pos:end], mask[None, None], slots
+        return self.freqs_cis[start_pos:end], mask[None, None]

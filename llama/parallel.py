@@ -81,9 +81,8 @@ class KVHeadParallelLinear(Linear):
             return super().forward(x)
         weight = self.weight
         if self.size > self.n_kv_heads:
-            weight = _SumGradientOfHead.apply(
-                weight, model_parallel_rank() * self.n_kv_heads // self.size, self.n_kv_heads
-            )
+            head = model_parallel_rank() * self.n_kv_heads // self.size
+            weight = _SumGradientOfHead.apply(weight, head, self.n_kv_heads)  # type: ignore[no-untyped-call]
         return linear(copy_to_model_parallel_region(x), weight)
 
 

@@ -16,12 +16,19 @@ if TYPE_CHECKING:  # a tokenizer needs no torch
 class ModelLimits(Protocol):
     """The sizes that calls are checked against. With a `vocab_size` beside them, token ids are checked too."""
 
-    max_batch_size: int
-    max_seq_len: int
+    @property
+    def max_batch_size(self) -> int: ...
+
+    @property
+    def max_seq_len(self) -> int: ...
 
 
 class LanguageModel(Protocol):
-    """A network that continues sequences of token ids."""
+    """A network that continues sequences of token ids.
+
+    Tokens are passed on the device of its parameters if it is an `nn.Module`, else on the CPU. `forward` is called as a
+    method. Calls wait for each other by a lock that is kept in an attribute of the object, `generation_lock`.
+    """
 
     @property
     def params(self) -> ModelLimits: ...
@@ -43,7 +50,7 @@ class LanguageModel(Protocol):
 
 
 class Cache(Protocol):
-    """The keys and values of the tokens so far. `llama.model.KVCache` is one, for networks of any kind."""
+    """The keys and values of the tokens so far. `llama.kv_cache.KVCache` is one, for networks of any kind."""
 
     tokens: list[list[int]]
 
@@ -58,13 +65,13 @@ class Cache(Protocol):
 
 @runtime_checkable
 class CachedModel(LanguageModel, Protocol):
-    """A network whose cache can be reordered, as several answers to a prompt and beam search need it, and reused.
-
-    `forward` must empty the cache's `tokens`.
-    """
+    """A network whose cache can be reordered, as beam search needs it, and reused."""
 
     def setup_cache(self) -> Cache:
-        """The cache that `forward` uses; made now if there is none yet."""
+        """The cache that `forward` uses; made now if there is none yet, or if the device or dtype has changed.
+
+        Whenever `forward` writes into the cache, it empties the cache's `tokens` (`KVCache.layers` does).
+        """
         ...
 
 

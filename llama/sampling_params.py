@@ -147,22 +147,16 @@ def check_number(name: str, value: Any, minimum: float, maximum: float = math.in
 
 
 def check_prompts(
-    prompt_tokens: Sequence[Sequence[int]], model: LanguageModel, tokenizer: TextTokenizer, rows_per_prompt: int = 1
+    prompt_tokens: Sequence[Sequence[int]], model: LanguageModel, tokenizer: TextTokenizer, params: SamplingParams
 ) -> list[list[int]]:
-    """The prompts as lists of ints.
-
-    Args:
-        rows_per_prompt: rows of the batch that each prompt takes.
-
-    Raises:
-        InputError: they don't fit the model.
-    """
+    """The prompts as lists of ints; InputError if they, with the rows that `params` ask for, don't fit the model."""
     max_batch_size, max_seq_len = model.params.max_batch_size, model.params.max_seq_len
     vocab_size = getattr(model.params, "vocab_size", getattr(tokenizer, "n_words", math.inf))
-    if rows_per_prompt > 1 and not isinstance(model, CachedModel) and hasattr(model, "parameters"):
+    rows_per_prompt = max(params.num_return_sequences, params.num_beams)
+    if params.num_beams > 1 and not isinstance(model, CachedModel):
         raise InputError(
-            "num_return_sequences and num_beams copy rows of the KV cache, so the model must have `setup_cache`: see "
-            "llama.protocols.CachedModel"
+            f"num_beams={params.num_beams} needs a model whose KV cache can be reordered, with `setup_cache`: see "
+            f"llama.protocols.CachedModel"
         )
     try:
         prompts = [[index(token) for token in prompt] for prompt in prompt_tokens]

@@ -116,6 +116,13 @@ class ScriptedModel:
         return 20.0 * torch.nn.functional.one_hot((tokens + 1) % self.vocab_size, self.vocab_size).float()
 
 
+class CachelessBeams(ScriptedModel):
+    """The same, for beam search: it remembers nothing, so there is nothing to reorder."""
+
+    def setup_cache(self):
+        return SimpleNamespace(tokens=[], reorder=lambda rows, end: None, clear=lambda start, end: None)
+
+
 MERGED_TOKENS = [b"th", b"he", b" t", b"in", b" the", b"er", b"an", b"ou", b"\n\n", b"ing", b"user", b"us"]
 
 

@@ -123,12 +123,8 @@ class GPT2(nn.Module):
         end = int(positions.max()) + 1
         positions = positions.to(tokens.device)
         mask = torch.arange(end, device=tokens.device) <= positions[:, None, :, None]  # (batch or 1, 1, seq, end)
-        rows = torch.arange(batch, device=tokens.device)[:, None, None]
-        heads = torch.arange(self.params.n_heads, device=tokens.device)[:, None]
-        slots = (rows, heads, positions[:, None])  # together they index (batch, n_heads, seq) places of the cache
-        cache = self.setup_cache()
-        cache.tokens = []  # the record that `Llama` keeps of its contents: this call changes them
-        return self.lm_head(self.transformer(tokens, positions, mask, cache.layers(batch, end, slots)))
+        caches = self.setup_cache().layers(batch, seq, start_pos)
+        return self.lm_head(self.transformer(tokens, positions, mask, caches))
 
 
 def from_hugging_face(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

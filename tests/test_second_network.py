@@ -322,8 +322,17 @@ def test_a_network_without_setup_cache_generates(
     assert answers == llama.generate(prompts_of(*lengths), 20, temperature, seed=4)
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 2}])
-def test_a_network_without_setup_cache_gives_one_answer_to_a_prompt(model, llama, options):
-    """Several answers, and beams, are rows that begin as copies of one row of the cache."""
-    with pytest.raises(InputError, match="the model must have `setup_cache`"):
-        Llama(WithoutSetupCache(model), llama.tokenizer).generate([[3, 1, 4]], 5, **options)
+def test_several_answers_without_setup_cache(model, llama):
+    """Each prompt is then prefilled as often as it has answers."""
+    prompts, options = prompts_of(5, 64), {"num_return_sequences": 2, "seed": 4, "logprobs": True, "echo": True}
+    tokens, logprobs = Llama(WithoutSetupCache(model), llama.tokenizer).generate(prompts, 20, **options)
+    expected_tokens, expected_logprobs = llama.generate(prompts, 20, **options)
+    assert tokens == expected_tokens
+    for row, expected in zip(logprobs, expected_logprobs, strict=True):
+        assert row == pytest.approx(expected, abs=1e-4)
+
+
+def test_beam_search_without_setup_cache_is_refused(model, llama):
+    """Beams are copies of each other's rows in the cache."""
+    with pytest.raises(InputError, match="num_beams=2 needs a model whose KV cache can be reordered"):
+        Llama(WithoutSetupCache(model), llama.tokenizer).generate([[3, 1, 4]], 5, num_beams=2)

@@ -111,11 +111,11 @@ def inspect_tokens(
         InputError: no tokens, more than `max_seq_len`, an id outside the vocabulary, or a number out of range.
         ArithmeticError: the network computed NaN or infinity.
     """
-    (ids,) = check_prompts([tokens], model, tokenizer)
+    params = SamplingParams(0, temperature, top_p, top_k=top_k)  # which checks the sampling settings
+    (ids,) = check_prompts([tokens], model, tokenizer, params)
     check_number("alternatives", alternatives, 1, integer=True)
     check_number("n_next_tokens", n_next_tokens, 1, integer=True)
     check_number("n_generated", n_generated, 0, integer=True)
-    SamplingParams(0, temperature, top_p, top_k=top_k)  # checks the sampling settings
     if n_generated > len(ids):
         raise InputError(f"n_generated={n_generated} is more than the {len(ids)} tokens of the text")
 
