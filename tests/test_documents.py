@@ -86,16 +86,14 @@ def test_every_program_is_run():
 
 @pytest.mark.real
 @pytest.mark.slow
-@pytest.mark.parametrize("session", CONSOLE_SESSIONS, ids=lambda session: session[:30].replace(" ", "-"))
+@pytest.mark.parametrize("session", CONSOLE_SESSIONS, ids=lambda session: session.split("\n")[0][:30])
 def test_console_sessions(session):
     """The output is the one shown, but for what is replaced by …: what differs from machine to machine."""
     default_checkpoint()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where `llama` is installed
     command, _, shown = session.partition("\n")
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=os.environ | {"PATH": path})
-    assert re.fullmatch(re.escape(shown.rstrip("\n")).replace("…", ".*"), run.stdout.rstrip("\n")), (
-        run.stdout + run.stderr
-    )
+    assert re.fullmatch(re.escape(shown.rstrip()).replace("…", ".*"), run.stdout.rstrip()), run.stdout + run.stderr
 
 
 def example(name: str) -> Callable:
