@@ -1,6 +1,6 @@
 """A batch of prompts and its answers: what consumes the decode loop, and decides when each row has finished.
 
-`complete` collects what `generate_pieces` yields; `stream` has a thread produce it.
+`generate_batch` collects what `generate_pieces` yields; `stream_batch` has a thread produce it.
 """
 
 import functools
@@ -19,10 +19,10 @@ from llama.non_finite import explain_non_finite
 from llama.protocols import CachedModel, LanguageModel, TextTokenizer
 from llama.sampling import sample
 from llama.sampling_params import SamplingParams, check_prompts
-from llama.streaming import Piece, RowOutput, StopCriteria
+from llama.streaming import Piece, RowOutput, StopCriteria, produce_in_thread
 
 
-class Output(NamedTuple):
+class BatchOutput(NamedTuple):
     """The answers to a batch, row by row."""
 
     tokens: list[list[int]]
@@ -31,13 +31,13 @@ class Output(NamedTuple):
     scores: list[float | None]
 
 
-def complete(
+def generate_batch(
     model: LanguageModel, tokenizer: TextTokenizer, prompt_tokens: Sequence[Sequence[int]], params: SamplingParams
-) -> Output:
+) -> BatchOutput:
     """All answers to prompts of ids, when they are done."""
     prompts = check_prompts(prompt_tokens, model, tokenizer, params)
     rows = range(len(prompts) * params.num_return_sequences)
-    output = Output([[] for _ in rows], [[] for _ in rows], ["" for _ in rows], [None for _ in rows])
+    output = BatchOutput([[] for _ in rows], [[] for _ in rows], ["" for _ in rows], [None for _ in rows])
     with lock_of(model).turn():
         for piece in generate_pieces(model, tokenizer, prompts, params, text=bool(params.stop_strings)):
             if piece.token is not None:
@@ -49,7 +49,7 @@ def complete(
     return output
 
 
-def stream(
+def stream_batch(
     model: LanguageModel,
     tokenizer: TextTokenizer,
     prompt_tokens: Sequence[Sequence[int]],
@@ -57,14 +57,14 @@ def stream(
     *,
     text: bool,
 ) -> Iterator[Piece]:
-    """The answers, piece by piece. What is wrong with the arguments is raised now, not at the first piece."""
+    """The answers, piece by piece. An error in the arguments is raised now, not at the first piece."""
     if params.num_beams > 1:
         raise InputError(
             f"num_beams={params.num_beams}: beam search has no answer before it is done, so there is no stream"
         )
     prompts = check_prompts(prompt_tokens, model, tokenizer, params)
     produce = functools.partial(generate_pieces, model, tokenizer, prompts, params, text=text)
-    return lock_of(model).stream(produce)
+    return produce_in_thread(lock_of(model), produce)
 
 
 def generate_pieces(
@@ -102,8 +102,8 @@ def generate_pieces(
             if any(map(math.isnan, scores)):
                 raise ArithmeticError(explain_non_finite(model, prompt))
         if cache is not None and rows_per_prompt > 1:
-            rows = torch.arange(len(prompts)).repeat_interleave(rows_per_prompt)
-            cache.reorder(rows, max(map(len, prompts)))
+            source_rows = torch.arange(len(prompts)).repeat_interleave(rows_per_prompt)
+            cache.reorder(source_rows, max(map(len, prompts)))
             logits = logits.repeat_interleave(rows_per_prompt, dim=0)  # (rows, vocab_size)
             prompt_logprobs = [scores for scores in prompt_logprobs for _ in range(rows_per_prompt)]
     for row in range(len(prompts) * params.num_return_sequences):
@@ -132,17 +132,21 @@ def generate_pieces(
     outputs = [RowOutput(row, criteria[row // rows_per_prompt]) for row in range(len(tokens))]
     generator = None if params.seed is None else torch.Generator(logits.device).manual_seed(int(params.seed))
     sample_plain = functools.partial(
-        sample, temperature=params.temperature, top_p=params.top_p, top_k=params.top_k, generator=generator
+        sample,
+        temperature=float(params.temperature),
+        top_p=float(params.top_p),
+        top_k=params.top_k,
+        generator=generator,
     )
 
     def sample_processed(logits: torch.Tensor) -> torch.Tensor:
         return sample_plain(params.process(model, tokens, logits))
 
     select = sample_plain if params.logits_processor is None else sample_processed
-    n_forwarded = 0  # new tokens of each row whose keys and values are in the cache
+    n_forwarded = 0  # new tokens of each row in the cache: step i yields its token before it is forwarded
     try:
         steps = decode(model, logits, lengths, select, logprobs=params.logprobs)
-        for n_forwarded, (next_tokens, next_logprobs) in enumerate(steps):  # noqa: B007 - used below
+        for n_forwarded, (next_tokens, next_logprobs) in enumerate(steps):  # noqa: B007 - used when it ends
             logprobs = [None] * len(tokens) if next_logprobs is None else next_logprobs.tolist()
             # Here the host waits for the device, to see which rows have finished. Those stay in the batch, so that what
             # is sampled for the others doesn't depend on them.
@@ -164,7 +168,10 @@ def generate_pieces(
 
 
 def common_prefix(prompts: list[list[int]], cached: list[list[int]]) -> int:
-    """How many of the first tokens of every prompt its row of the cache holds; each prompt's last is never counted."""
+    """The length of the prefix that every prompt shares with its row of the cache.
+
+    A prompt's last token is never part of it, since it must be forwarded for the logits of the next.
+    """
     if len(prompts) > len(cached):
         return 0
     length = min(map(len, prompts)) - 1

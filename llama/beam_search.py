@@ -114,7 +114,7 @@ class BeamSearch:
         self, model: LanguageModel, prompts: list[list[int]], params: SamplingParams, criteria: list[StopCriteria]
     ) -> None:
         self.model, self.prompts, self.params = model, prompts, params
-        self.searches = [PromptSearch(params, stops) for stops in criteria]
+        self.searches = [PromptSearch(params, prompt_criteria) for prompt_criteria in criteria]
         self.end = max(map(len, prompts))  # of the cache
         # So many that, if each beam's likeliest tokens are those that end it, enough others are left.
         self.n_candidates = max(2, 1 + len(criteria[0].stop_tokens)) * params.num_beams
@@ -152,22 +152,24 @@ class BeamSearch:
         logprobs = torch.log_softmax(logits, dim=-1)  # (prompts * num_beams, vocab_size)
         # What a logits_processor adds to a logit, it adds to the log-probability: as in Hugging Face's, the
         # probabilities that are left don't sum to 1 any more.
-        processed = self.params.process(self.model, tokens, logits) - logits.logsumexp(dim=-1, keepdim=True)
+        processed_logprobs = self.params.process(self.model, tokens, logits) - logits.logsumexp(dim=-1, keepdim=True)
         totals = torch.tensor([beam.total for beam in beams], dtype=logits.dtype, device=logits.device)
         vocab_size = logprobs.shape[-1]
-        sums = (processed + totals[:, None]).view(len(self.searches), -1)  # (prompts, num_beams * vocab_size)
-        values, places = sums.topk(min(self.n_candidates, sums.shape[-1]), dim=-1)  # (prompts, n_candidates)
-        values, places = broadcast(values), broadcast(places)
-        own = logprobs.view(len(self.searches), -1).gather(-1, places)
+        sums = (processed_logprobs + totals[:, None]).view(len(self.searches), -1)  # (prompts, num_beams * vocab_size)
+        values, flat_ids = sums.topk(min(self.n_candidates, sums.shape[-1]), dim=-1)  # (prompts, n_candidates)
+        values, flat_ids = broadcast(values), broadcast(flat_ids)
+        token_logprobs = logprobs.view(len(self.searches), -1).gather(-1, flat_ids)
         candidates = []
-        for i, row in enumerate(zip(places.tolist(), own.tolist(), values.tolist(), strict=True)):
+        for i, row in enumerate(zip(flat_ids.tolist(), token_logprobs.tolist(), values.tolist(), strict=True)):
             possible = [
-                Candidate(place // vocab_size, place % vocab_size, logprob, total)
-                for place, logprob, total in zip(*row, strict=True)
+                Candidate(flat_id // vocab_size, flat_id % vocab_size, logprob, total)
+                for flat_id, logprob, total in zip(*row, strict=True)
                 if total != -math.inf
             ]
             if not self.searches[i].done and (not possible or any(math.isnan(c.total) for c in possible)):
+                beam_rows = range(i * self.params.num_beams, (i + 1) * self.params.num_beams)
+                bad = next((r for r in beam_rows if not processed_logprobs[r].amax().isfinite()), beam_rows[0])
                 has_processor = self.params.logits_processor is not None
-                raise ArithmeticError(explain_non_finite(self.model, tokens[i * self.params.num_beams], has_processor))
+                raise ArithmeticError(explain_non_finite(self.model, tokens[bad], has_processor))
             candidates.append(possible)
         return candidates

@@ -34,19 +34,19 @@ class ChatFormat:
         InputError: the tokenizer has special tokens, but those of no known format.
     """
 
-    def __new__(cls, tokenizer: TextTokenizer | None = None) -> "ChatFormat":  # None: a copy is being made
+    def __new__(cls, tokenizer: TextTokenizer | None = None) -> "ChatFormat":  # None: copy and pickle pass nothing
         if cls is ChatFormat:
             special = getattr(tokenizer, "special_tokens", None)
             if not special:
                 cls = Llama2Format
             elif set(special) >= Llama3Format.TOKENS:
                 cls = Llama3Format
-            elif "<|im_start|>" in special:
+            elif set(special) >= ChatMLFormat.TOKENS:
                 cls = ChatMLFormat
             else:
                 raise InputError(
-                    "no chat format is known for this tokenizer: it has neither <|start_header_id|> nor <|im_start|>, "
-                    "with all that belongs to them; pass a formatter to Llama(model, tokenizer, formatter=…)"
+                    f"no chat format is known for this tokenizer: it has neither {sorted(Llama3Format.TOKENS)} nor "
+                    f"{sorted(ChatMLFormat.TOKENS)}; pass a formatter to Llama(model, tokenizer, formatter=…)"
                 )
         return super().__new__(cls)
 
@@ -118,6 +118,8 @@ class ChatMLFormat(ChatFormat):
     A dialog without a system message gets the one that the file's chat template gives it, if any.
     """
 
+    TOKENS = frozenset({"<|im_start|>", "<|im_end|>"})
+
     def __init__(self, tokenizer: TextTokenizer) -> None:
         super().__init__(tokenizer)
         default = re.search(
@@ -125,7 +127,8 @@ class ChatMLFormat(ChatFormat):
             getattr(tokenizer, "chat_template", None) or "",
             re.DOTALL,
         )
-        self.default_system: str | None = default[1] if default else None
+        is_text = default is not None and not re.search(r"['\"{}]", default[1])  # and no expression of the template
+        self.default_system: str | None = default[1] if default is not None and is_text else None
 
     def encode_header(self, message: Message) -> list[int]:
         return [self.special_tokens["<|im_start|>"], *self._encode(message["role"] + "\n")]

@@ -3,11 +3,12 @@
 To generate a token each weight is read once and used for as many numbers as there are rows, so that the time is the
 memory's; to prefill there are many rows, and the time is the arithmetic's. Three libraries (MKL, oneDNN and torch's own
 kernels) are each quick where the others are slow, and torch doesn't always take the quickest. `benchmarks/README.md`
-has the measurements. On other devices, and with gradients, `linear` is `F.linear`.
+has the measurements. On other devices `linear` is `F.linear`.
 """
 
 import contextlib
 import math
+import os
 import threading
 from collections.abc import Iterator
 
@@ -18,7 +19,7 @@ MKL = torch.backends.mkl.is_available()
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 SLICED_ROWS = 4  # in float32: up to this many rows MKL with slices is faster, with more oneDNN
 NATIVE_ROWS = 2  # in 16 bits: up to this many rows torch's own kernels are faster than oneDNN
-NATIVE_IS_FAST = torch.__version__ >= "2.7"  # before, they were slower than oneDNN
+NATIVE_IS_FAST = torch.__version__ >= "2.7"  # (compared as a version) before, they were slower than oneDNN
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -90,3 +91,16 @@ def fast_products(rows: int, weight: torch.Tensor) -> Iterator[None]:
             _active -= 1
             if _active == 0:
                 torch._C._set_mkldnn_enabled(_onednn_enabled)
+
+
+def _after_fork() -> None:
+    """In a forked process no other thread runs, and so no block of one."""
+    global _lock, _active
+    _lock = threading.Lock()
+    if _active > 0:
+        _active = 0
+        torch._C._set_mkldnn_enabled(_onednn_enabled)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)

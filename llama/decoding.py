@@ -31,19 +31,19 @@ def prefill(
         prompts: ids; rows may differ in length.
         start_pos: this many tokens of each prompt are in the cache already.
         max_new_tokens: how many tokens will follow at most.
-        logprobs: also score the prompts' own tokens.
+        logprobs: also score the prompts' own tokens; `start_pos` must be 0 then.
 
     Returns:
         The logits of the token after each prompt, (batch, vocab_size) float32; and the logprobs of the prompts' tokens.
     """
     longest = max(map(len, prompts))
-    # Shorter rows are padded on the right, where none of their own tokens looks. The keys and values of the padding are
-    # overwritten, position by position, before a new token looks at them.
+    # Shorter rows are padded on the right, to which none of their own tokens attends. The padding's keys and values are
+    # overwritten, position by position, before a new token attends to them.
     padded = [prompt[start_pos:] + [0] * (longest - len(prompt)) for prompt in prompts]
-    weight = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None  # a script has none
+    weight = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None  # None: not a module
     tokens = torch.tensor(padded, dtype=torch.long, device="cpu" if weight is None else weight.device)  # (batch, seq)
     if isinstance(model, CachedModel) and min(map(len, prompts)) < longest:
-        model.setup_cache().clear(longest, longest + max_new_tokens)  # masked for shorter rows, and never NaN
+        model.setup_cache().clear(longest, longest + max_new_tokens)  # masked for shorter rows, but 0 x NaN is NaN
     head: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.float
     if isinstance(model, Transformer) and getattr(model.forward, "__func__", None) is Transformer.forward:
         hidden, head = model.hidden_states(tokens, start_pos), model.logits  # (batch, seq, dim)
@@ -66,7 +66,7 @@ def score(
 
     Args:
         tokens: (seq)
-        hidden: what the network made of them, (seq, ...); it may go on after them.
+        hidden: their hidden states or logits, (seq, ...); padding may follow.
         head: (positions, ...) of `hidden` -> their logits (positions, vocab_size).
         block: positions whose logits are computed together.
     """
@@ -90,8 +90,8 @@ def decode(
 
     Args:
         logits: of each row's next token, (batch, vocab_size): see `prefill`.
-        lengths: how many tokens each row has. A row that has filled the context stays at its end, as a row that has
-            finished does: the consumer drops what still comes of it.
+        lengths: how many tokens each row has. A row that has filled the context is forwarded at its last position again
+            and again: the consumer ignores what it yields.
         select: logits -> the next token of each row, (batch), such as `llama.sampling.sample`; -1 where there is none.
         logprobs: whether to compute them.
 
@@ -102,12 +102,12 @@ def decode(
     start_pos: int | torch.Tensor = lengths[0]
     if min(lengths) < max(lengths):
         start_pos = torch.tensor(lengths, device="cpu")  # (batch)
-    end = model.params.max_seq_len - 1
+    last_pos = model.params.max_seq_len - 1
     while True:
         next_token = broadcast(select(logits))  # (batch)
         yield next_token, token_logprobs(logits, next_token.clamp(min=0)) if logprobs else None
         if isinstance(start_pos, torch.Tensor):
-            start_pos = start_pos.clamp(max=end)
+            start_pos = start_pos.clamp(max=last_pos)
         with torch.inference_mode():
             logits = model.forward(next_token.clamp(min=0)[:, None], start_pos)[:, -1].float()  # (batch, vocab_size)
         start_pos = start_pos + 1

@@ -1,6 +1,8 @@
 """Generation: a `Llama` is a network and its tokenizer, and answers prompts of ids, texts, and dialogs.
 
-    text -> ids -> prefill -> [sample a token -> forward it] -> ids -> text        (the loop: `llama.decoding`)
+    text -> ids -> prefill -> [sample a token -> forward it] -> ids -> text
+
+`llama.decoding` has prefill and the loop, `llama.batch` what decides that a row has finished, and collects the answers.
 
 `generate` works on ids; `text_completion` and `chat_completion` on text. Each has a stream, which yields what the call
 returns piece by piece, as it comes.
@@ -17,7 +19,7 @@ import torch
 from typing_extensions import Unpack
 
 from llama import distributed
-from llama.batch import complete, stream
+from llama.batch import generate_batch, stream_batch
 from llama.chat_format import ChatFormat
 from llama.checkpoint import Checkpoint, check_tensors, load_model, open_checkpoint
 from llama.checkpoint.memory import check_memory, explain_out_of_memory
@@ -36,7 +38,7 @@ logger = logging.getLogger("llama")
 
 
 class Details(TypedDict, total=False):
-    """What a prediction has only where it was asked for."""
+    """Optional keys of a prediction."""
 
     tokens: list[str]  # each token's text; like `logprobs`, with logprobs=True
     logprobs: list[float]
@@ -149,9 +151,9 @@ class Llama:
             top_p: sample from the likeliest tokens that together have this probability.
             logprobs: also return the natural log of each returned token's probability, whatever the temperature.
             echo: return the prompt before the new tokens. With `max_gen_len=0` and `logprobs` this scores a text; its
-                first token, which nothing stands before, gets 0.0.
+                first token, which has no context, gets 0.0.
             options: see `llama.sampling_params.SamplingOptions`. All answers to the first prompt come first, those of
-                beam search best first. A stop string ends an answer before the first token that is all part of it.
+                beam search best first. Tokens that lie wholly within a stop string are left out.
 
         Returns:
             The ids of each row, up to and without its first stop token, and their logprobs, or None.
@@ -161,7 +163,7 @@ class Llama:
             ArithmeticError: the network computed NaN or infinity.
         """
         params = SamplingParams(max_gen_len, temperature, top_p, logprobs, echo, **options)
-        output = complete(self.model, self.tokenizer, prompt_tokens, params)
+        output = generate_batch(self.model, self.tokenizer, prompt_tokens, params)
         return output.tokens, output.logprobs if logprobs else None
 
     def generate_stream(
@@ -179,8 +181,8 @@ class Llama:
             Pieces with `row`, `token`, `logprob` (if asked for) and, in a row's last piece, `ended`: "stop" or
             "length". A last piece may have no token. The stream may be left at any time.
         """
-        params = SamplingParams(max_gen_len, temperature, top_p, logprobs, **options)
-        return stream(self.model, self.tokenizer, prompt_tokens, params, text=bool(params.stop_strings))
+        params = SamplingParams(max_gen_len, temperature, top_p, logprobs, echo=False, **options)
+        return stream_batch(self.model, self.tokenizer, prompt_tokens, params, text=bool(params.stop_strings))
 
     def text_completion(
         self,
@@ -221,8 +223,8 @@ class Llama:
             Pieces as in `generate_stream`, whose `text`, joined row by row, is the prediction's. It comes as soon as it
             is certain: no half characters, and no beginnings of stop strings.
         """
-        params = SamplingParams(self._max_gen_len(max_gen_len), temperature, top_p, logprobs, **options)
-        return stream(self.model, self.tokenizer, self._encode(prompts), params, text=True)
+        params = SamplingParams(self._max_gen_len(max_gen_len), temperature, top_p, logprobs, echo=False, **options)
+        return stream_batch(self.model, self.tokenizer, self._encode(prompts), params, text=True)
 
     def chat_completion(
         self,
@@ -236,8 +238,8 @@ class Llama:
         """Answer dialogs, as the assistant.
 
         Args:
-            dialogs: a list of dialogs, each a list of messages `{"role": …, "content": …}`. One that the chat format
-                refuses gets its refusal as the content; tokens and logprobs are those of the model all the same.
+            dialogs: a list of dialogs, each a list of messages `{"role": …, "content": …}`. If the chat format refuses
+                one, its refusal is the content; tokens and logprobs are still the model's.
             temperature, top_p, max_gen_len, logprobs, options: see `text_completion`. With `reuse_cache=True`, a dialog
                 that continues the last call's costs only its new tokens.
 
@@ -247,7 +249,7 @@ class Llama:
         Raises:
             InputError: as `generate`; or an unknown role, or an order of roles the chat format can't express.
         """
-        params = SamplingParams(self._max_gen_len(max_gen_len), temperature, top_p, logprobs, **options)
+        params = SamplingParams(self._max_gen_len(max_gen_len), temperature, top_p, logprobs, echo=False, **options)
         prompt_tokens, refusals = self._encode_dialogs(dialogs)
         predictions: list[ChatPrediction] = []
         for row, prediction in enumerate(self._predict(prompt_tokens, params)):
@@ -266,9 +268,9 @@ class Llama:
         **options: Unpack[SamplingOptions],
     ) -> Iterator[Piece]:
         """What `chat_completion` returns, piece by piece: see `text_completion_stream`."""
-        params = SamplingParams(self._max_gen_len(max_gen_len), temperature, top_p, logprobs, **options)
+        params = SamplingParams(self._max_gen_len(max_gen_len), temperature, top_p, logprobs, echo=False, **options)
         prompt_tokens, refusals = self._encode_dialogs(dialogs)
-        answers = stream(self.model, self.tokenizer, prompt_tokens, params, text=True)
+        answers = stream_batch(self.model, self.tokenizer, prompt_tokens, params, text=True)
 
         def pieces() -> Iterator[Piece]:
             refused = set()  # the rows whose refusal has been yielded
@@ -283,7 +285,8 @@ class Llama:
 
     def _predict(self, prompt_tokens: list[list[int]], params: SamplingParams) -> list[CompletionPrediction]:
         """`generate`, with the answers as text."""
-        output, decode_text = complete(self.model, self.tokenizer, prompt_tokens, params), self.tokenizer.decode
+        decode_text = self.tokenizer.decode
+        output = generate_batch(self.model, self.tokenizer, prompt_tokens, params)
         predictions = []
         for row, tokens in enumerate(output.tokens):
             n_echoed = len(prompt_tokens[row // params.num_return_sequences]) if params.echo else 0
@@ -317,4 +320,4 @@ class Llama:
         return prompt_tokens, [refusal(dialog) for dialog in dialogs]
 
     def _max_gen_len(self, max_gen_len: int | None) -> int:
-        return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
+        return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len  # as in the reference

@@ -29,8 +29,8 @@ class SamplingOptions(TypedDict, total=False):
     stop: str | Iterable[str] | None  # strings that end an answer, and aren't part of it
     logits_processor: LogitsProcessor | None  # (each row's ids so far, logits (rows, vocab_size)) -> logits
     seed: int | None  # sample with a generator of this call's own
-    reuse_cache: bool  # prefill only what the cache doesn't hold yet of the last call's prompts and answers. (Don't ask
-    # for it after changing the weights.)
+    # Prefill only what the cache doesn't hold of the last call's prompts and answers; not after changing the weights.
+    reuse_cache: bool
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,25 @@
-"""An answer as it comes: which text of it is certain, and whether it has ended.
+"""An answer as it comes: which text of it is certain, whether it has ended, and a thread that produces it.
 
 Text is released as soon as it is certain: never half a character, and never the beginning of a stop string that might
 still become one.
 """
 
+import contextlib
+import threading
 from collections.abc import Callable, Collection, Iterator
+from contextvars import copy_context
+from queue import SimpleQueue
 from typing import Literal, NamedTuple
+
+import torch
+
+from llama.distributed import model_parallel_size
+from llama.model_lock import Call, ModelLock
 
 EndReason = Literal["stop", "length"]
 WINDOW = 32  # ids that are decoded together, so that the time of a step doesn't grow with the answer
+SHORTEST_WINDOW = 8  # ids that are kept of them: their text may begin within a character, but not end there
+LEAVE_TIMEOUT = 1.0  # seconds that a consumer that leaves a stream waits for the step under way to end
 
 
 class Piece(NamedTuple):
@@ -31,7 +42,7 @@ class TextStream:
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
-        self._ids: list[int] = []  # the last of them, from the beginning of some character on
+        self._ids: list[int] = []  # the last of them
         self._released = 0  # characters of their text that have been returned
         self.uncertain = 0  # characters at its end that later ids may still change
 
@@ -51,7 +62,7 @@ class TextStream:
         self._released += len(certain)
         if len(self._ids) > WINDOW:
             # Some text has to stay: sentencepiece drops the space that a text begins with.
-            for length in range(8, WINDOW):
+            for length in range(SHORTEST_WINDOW, WINDOW):
                 released = len(self._decode(self._ids[-length:])) - uncertain
                 if released > 0:
                     self._ids, self._released = self._ids[-length:], released
@@ -152,3 +163,60 @@ class RowOutput:
             if any(string.startswith(self._text[-length:]) for string in self._criteria.stop_strings):
                 return length
         return 0
+
+
+class StreamEnd(NamedTuple):
+    """The last thing in the queue of a stream."""
+
+    error: BaseException | None
+
+
+def produce_in_thread(lock: ModelLock, produce: Callable[..., Iterator[Piece]]) -> Iterator[Piece]:
+    """Yield what `produce` yields, produced in its turn by a thread of its own, as fast as that goes.
+
+    Since production never waits for its consumer, no other call does. It begins when the first piece is asked for, and
+    stops after the step under way when the consumer has left.
+
+    Args:
+        lock: of the model that `produce` uses.
+        produce: its keyword argument `should_stop` is a function that says whether the consumer has left.
+    """
+    pieces: SimpleQueue[Piece | StreamEnd] = SimpleQueue()
+    call, consumer_left = Call(), threading.Event()
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]  # in this thread alone
+    autocasts = [torch.autocast(kind, torch.get_autocast_dtype(kind)) for kind in kinds]
+
+    def should_stop() -> bool:
+        return consumer_left.is_set() or not threading.main_thread().is_alive()
+
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            with contextlib.ExitStack() as contexts:
+                for autocast in autocasts:
+                    contexts.enter_context(autocast)
+                contexts.enter_context(lock.turn(call))
+                for piece in () if call.withdrawn else produce(should_stop=should_stop):
+                    pieces.put(piece)
+        except BaseException as raised:  # raised again where the stream is consumed
+            error = raised
+        pieces.put(StreamEnd(error))
+
+    producer = threading.Thread(target=copy_context().run, args=(run,), name="llama stream")
+    try:
+        lock.queue.join(call)  # before the thread runs, so that calls have the same order on every rank
+        producer.start()
+        while not isinstance(piece := pieces.get(), StreamEnd):
+            yield piece
+        if piece.error is not None:
+            raise piece.error
+    finally:
+        consumer_left.set()
+        alone = model_parallel_size() == 1  # else the first rank's consumer decides at which step all ranks stop
+        if alone:
+            lock.queue.withdraw(call)
+        if producer.ident is None:  # it was not started
+            lock.queue.leave(call)
+        elif threading.current_thread() is not producer:
+            # The garbage collector may run this in any thread, which then must not wait for ever.
+            producer.join(LEAVE_TIMEOUT if alone else None)

@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, ScriptedModel, ScriptedTokenizer, tiny_model, torchrun
 
 from llama import Llama
+from llama.cpu_matmul import fast_products
 from llama.model_lock import ModelLock, lock_of
 
 PATIENCE = 10.0  # seconds within which everything must go on, whoever else waits for whom
@@ -270,12 +271,12 @@ def test_calls_have_their_turns_in_order():
 
             threads.append(threading.Thread(target=wait))
             threads[-1].start()
-            while len(lock._queue) < i + 2:
+            while len(lock.queue.calls) < i + 2:
                 time.sleep(0.001)
     for thread in threads:
         thread.join(PATIENCE)
     assert order == list(range(6))
-    assert lock._queue == []
+    assert lock.queue.calls == []
 
 
 def test_copies_have_locks_of_their_own(llama):
@@ -318,6 +319,53 @@ next(stream)
 """
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_fork_finds_the_cpus_libraries_as_they_were():
+    """While a bfloat16 step runs in another thread, oneDNN is switched off for the whole process."""
+    weight = torch.zeros(4, 4, dtype=torch.bfloat16)
+    inside, leave = threading.Event(), threading.Event()
+
+    def compute() -> None:
+        with fast_products(1, weight):
+            inside.set()
+            leave.wait()
+
+    enabled = torch._C._get_mkldnn_enabled()
+    thread = threading.Thread(target=compute)
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        with fast_products(1, weight):
+            pass
+        os._exit(0 if torch._C._get_mkldnn_enabled() == enabled else 1)
+    leave.set()
+    thread.join()
+    assert os.waitpid(child, 0) == (child, 0)
+
+
+@pytest.mark.parametrize("moment", ["start", "join"])
+def test_an_interrupt_while_a_stream_starts(monkeypatch, moment):
+    """Nothing is left that later calls would wait for."""
+    model = ScriptedModel()
+    llama = Llama(model, ScriptedTokenizer(()))
+    lock = lock_of(model)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if moment == "start":
+            patch.setattr(threading.Thread, "start", interrupted)
+        else:
+            patch.setattr(lock.queue, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(llama.generate_stream([[5]], 10, 0))
+    assert lock.queue.calls == []
+    assert llama.generate([[7]], 2, 0)[0] == [[8, 9]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("after", "code"), [("", 0), ("raise SystemExit(3)", 3), ("import signal; signal.raise_signal(2)", -2)]
@@ -358,6 +406,14 @@ def test_clients_of_a_web_server():
     assert asyncio.run(main()) == want
 
 
+def test_a_stream_computes_as_its_consumer_would(llama):
+    """Autocast is a setting of one thread."""
+    with torch.autocast("cpu", torch.bfloat16):
+        _, (expected,) = llama.generate([[5, 6, 7]], 5, 0, logprobs=True)
+        assert [piece.logprob for piece in llama.generate_stream([[5, 6, 7]], 5, 0, logprobs=True)] == expected
+    assert llama.generate([[5, 6, 7]], 5, 0, logprobs=True)[1] != [expected]
+
+
 def test_a_stream_leaves_torch_as_it_is(llama):
     for _ in stream_of(llama, 1):
         assert torch.is_grad_enabled()
@@ -365,7 +421,7 @@ def test_a_stream_leaves_torch_as_it_is(llama):
 
 
 ON_RANKS = """
-import os, sys, torch
+import os, sys, time, torch
 from llama import Llama
 llama = Llama.build(sys.argv[1], None, 96, 2, device="cpu", dtype=torch.float32)
 rank, want = int(os.environ["RANK"]), llama.generate([[5, 6], [7]], 20, 1.0, 1.0, seed=1)
@@ -377,6 +433,17 @@ for _ in range(5):  # left after two pieces: by all ranks, or by one and consume
             pieces += stream
         stream.close()
         assert llama.generate([[5, 6], [7]], 20, 1.0, 1.0, seed=1) == want
+other = Llama.build(sys.argv[1], None, 96, 2, device="cpu", dtype=torch.float32)
+for _ in range(3):  # a stream of one model while another is used, and a consumer that is slow on one rank
+    stream = llama.generate_stream([[5, 6]], 60, 1.0, 1.0, seed=2)
+    next(stream)
+    assert other.generate([[5, 6], [7]], 20, 1.0, 1.0, seed=1) == want
+    for piece in stream:
+        time.sleep(1.5 * (rank == 0))
+        break
+    stream.close()
+    with torch.no_grad():
+        llama.model.forward(torch.tensor([[5, 6]]), 0)
 one, two = llama.generate_stream([[5]], 30, 0), llama.generate_stream([[8, 9]], 30, 0)
 pairs = list(zip(one, two))
 assert len(pairs) == 30
