@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import ScriptedModel, ScriptedTokenizer, hugging_face_twin, tiny_model
+from conftest import CachelessBeams, ScriptedModel, ScriptedTokenizer, hugging_face_twin, tiny_model
 
 from llama import Llama
 from llama.beam_search import Candidate, PromptSearch
@@ -209,9 +209,13 @@ def test_beams_change_nothing_for_later_calls(llama):
     assert llama.generate(PROMPTS, NEW_TOKENS, 0, logprobs=True, reuse_cache=True)[0] == before[0]
 
 
-def test_a_model_without_parameters_needs_no_cache():
-    tokens, _ = Llama(ScriptedModel(), ScriptedTokenizer([9])).generate([[3], [5]], 6, num_beams=2)
+def test_beams_need_a_cache_that_can_be_reordered():
+    tokens, _ = Llama(CachelessBeams(), ScriptedTokenizer([9])).generate([[3], [5]], 6, num_beams=2)
     assert tokens == [[4, 5, 6, 7, 8], [6, 7, 8]]
+    with pytest.raises(
+        ValueError, match=r"num_beams=2 needs a model whose KV cache can be reordered, with `setup_cache`"
+    ):
+        Llama(ScriptedModel(), ScriptedTokenizer([9])).generate([[3], [5]], 6, num_beams=2)
 
 
 # The search for the answers to one prompt, by hand: 3 is the stop token

@@ -37,7 +37,7 @@ def test_the_tokenizer_s_control_tokens_decide_on_the_format(llama2, llama3):
     unknown.special_tokens = {"<|endoftext|>": 3}
     llama = Llama(ScriptedModel(), unknown)
     assert llama.text_completion(["5"], 0, max_gen_len=1)[0]["generation"] == "6"  # needs no chat format
-    with pytest.raises(ValueError, match=r"neither <\|start_header_id\|> nor <\|im_start\|>.*formatter"):
+    with pytest.raises(ValueError, match=r"neither \[.*start_header_id.* nor \[.*im_start.*; pass a formatter"):
         llama.chat_completion([[user("5")]])
 
 
@@ -98,6 +98,11 @@ def test_chatml(chatml):
     assert tokens == [token for turn in turns for token in message(turn)] + end
     tokens = formatter.encode_dialog_prompt([system("hi"), user("x")])
     assert tokens == message("system\nhi") + message("user\nx") + end
+
+
+def test_a_default_system_message_that_is_an_expression_of_the_template(chatml):
+    chatml.chat_template = "… [0]['role'] != 'system' … '<|im_start|>system\\n' + default + '<|im_end|>' …"
+    assert ChatFormat(chatml).default_system is None
 
 
 @pytest.mark.parametrize("family", ["llama3", "llama2", "chatml"])
@@ -215,9 +220,10 @@ def test_wrong_dialogs_are_refused(request, family, dialog, message):
     assert isinstance(error.value, AssertionError)
 
 
-def test_llama3_s_format_needs_all_of_its_control_tokens(llama3):
-    """Some models that were derived from Llama 3 have another chat format, with only some of these tokens."""
-    tokenizer = copy.copy(llama3)
-    tokenizer.special_tokens = {name: i for name, i in llama3.special_tokens.items() if name != "<|begin_of_text|>"}
+@pytest.mark.parametrize(("family", "missing"), [("llama3", "<|begin_of_text|>"), ("chatml", "<|im_end|>")])
+def test_a_format_needs_all_of_its_control_tokens(request, family, missing):
+    """Models that were derived from others may have another chat format, with only some of these tokens."""
+    tokenizer = copy.copy(request.getfixturevalue(family))
+    tokenizer.special_tokens = {name: i for name, i in tokenizer.special_tokens.items() if name != missing}
     with pytest.raises(ValueError, match="no chat format is known for this tokenizer"):
         ChatFormat(tokenizer)

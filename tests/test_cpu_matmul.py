@@ -1,5 +1,6 @@
 """Matrix products on a CPU: the same result from whichever library, and the program's settings stay as they are."""
 
+import os
 import threading
 
 import pytest
@@ -79,6 +80,33 @@ def test_the_switch_of_onednn_is_put_back(before):
                 assert torch._C._get_mkldnn_enabled() == before
     finally:
         torch._C._set_mkldnn_enabled(chosen)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on Windows")
+def test_a_process_forked_within_a_block():
+    """The child has no thread that would leave the block."""
+    weight = torch.zeros(2, 2, dtype=torch.bfloat16)
+    entered, may_leave = threading.Event(), threading.Event()
+
+    def work():
+        with fast_products(1, weight):
+            entered.set()
+            may_leave.wait()
+
+    before = torch._C._get_mkldnn_enabled()
+    thread = threading.Thread(target=work)
+    thread.start()
+    entered.wait()
+    child = os.fork()
+    if child == 0:
+        is_put_back = torch._C._get_mkldnn_enabled() == before
+        with fast_products(1, weight):
+            pass
+        os._exit(0 if is_put_back and torch._C._get_mkldnn_enabled() == before else 1)
+    may_leave.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch._C._get_mkldnn_enabled() == before
 
 
 @pytest.mark.slow

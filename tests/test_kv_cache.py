@@ -33,7 +33,9 @@ def test_a_new_cache_is_zeros_and_holds_no_tokens():
 
 
 def test_layers_are_views_of_the_rows_and_positions_of_a_call(cache):
-    layers = cache.layers(2, 3, slots=(...,))
+    cache.tokens = [[5], [6]]
+    layers = cache.layers(2, seq=1, start_pos=2)
+    assert cache.tokens == []  # since the call will change what the cache holds
     assert len(layers) == N_LAYERS
     for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
         assert layer.keys.shape == layer.values.shape == (2, HEADS, 3, HEAD_DIM)
@@ -42,23 +44,20 @@ def test_layers_are_views_of_the_rows_and_positions_of_a_call(cache):
 
 
 def test_update_stores_a_call_s_keys_and_values_and_returns_all_of_them(cache):
-    new_keys, new_values = torch.full((2, HEADS, 1, HEAD_DIM), 7.0), torch.full((2, HEADS, 1, HEAD_DIM), 8.0)
-    layer = cache.layers(2, 4, slots=(..., slice(3, 4), slice(None)))[1]
-    keys, values = layer.update(new_keys, new_values)
-    assert keys.shape == values.shape == (2, HEADS, 4, HEAD_DIM)
-    for tensor, whole, number in ((keys, cache.keys, 7), (values, cache.values, 8)):
-        assert tensor[:, 0, :, 0].tolist() == [[1, 1, 1, number], [2, 2, 2, number]]
-        assert whole[1, :, 0, :, 0].tolist() == [[1, 1, 1, number, 1], [2, 2, 2, number, 2], [3, 3, 3, 3, 3]]
+    new_keys, new_values = torch.full((2, HEADS, 2, HEAD_DIM), 7.0), torch.full((2, HEADS, 2, HEAD_DIM), 8.0)
+    keys, values = cache.layers(2, seq=2, start_pos=1)[1].update(new_keys, new_values)
+    assert keys.shape == values.shape == (2, HEADS, 3, HEAD_DIM)
+    for tensor, whole, new in ((keys, cache.keys, 7), (values, cache.values, 8)):
+        assert tensor[:, 0, :, 0].tolist() == [[1, new, new], [2, new, new]]
+        assert whole[1, :, 0, :, 0].tolist() == [[1, new, new, 1, 1], [2, new, new, 2, 2], [3, 3, 3, 3, 3]]
         assert whole[0, :, 0, :, 0].tolist() == [[1] * 5, [2] * 5, [3] * 5]  # the other layer
 
 
 def test_update_at_a_position_for_each_row(cache):
-    rows, heads = torch.arange(2)[:, None, None], torch.arange(HEADS)[:, None]
-    positions = torch.tensor([[0], [2]])
-    new = torch.full((2, HEADS, 1, HEAD_DIM), 9.0)
-    keys, values = cache.layers(2, 3, slots=(rows, heads, positions[:, None]))[0].update(new, new)
-    for tensor in (keys, values):
-        assert all(head.tolist() == [[9, 1, 1], [2, 2, 9]] for head in tensor[..., 0].transpose(0, 1))
+    new_keys, new_values = torch.full((2, HEADS, 2, HEAD_DIM), 7.0), torch.full((2, HEADS, 2, HEAD_DIM), 8.0)
+    keys, values = cache.layers(2, seq=2, start_pos=torch.tensor([0, 2]))[0].update(new_keys, new_values)
+    for tensor, new in ((keys, 7), (values, 8)):
+        assert all(head.tolist() == [[new, new, 1, 1], [2, 2, new, new]] for head in tensor[..., 0].transpose(0, 1))
 
 
 @pytest.mark.parametrize("rows", [[1, 1, 0], [0, 0], [2]])

@@ -56,6 +56,17 @@ def test_nan_after_some_new_tokens():
         llama.generate([[5, 6]], 8, 0)
 
 
+def test_nan_in_one_of_several_beams():
+    """The message comes from the tokens of that beam."""
+    model = tiny_model()
+    llama = Llama(model, ScriptedTokenizer(()))
+    first_tokens, _ = llama.generate([[5, 6]], 1, num_beams=3, num_return_sequences=3)
+    with torch.no_grad():
+        model.tok_embeddings.weight[first_tokens[1]] = float("nan")
+    with pytest.raises(ArithmeticError, match="first in layer 0 of 2"):
+        llama.generate([[5, 6]], 8, num_beams=3)
+
+
 def test_a_network_of_another_kind_and_a_logits_processor():
     class NaN(ScriptedModel):
         def forward(self, tokens, start_pos):

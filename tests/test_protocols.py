@@ -93,6 +93,15 @@ def test_reuse_of_the_cache_begins_after_the_recorded_tokens(model, llama):
         assert model.calls[0] == ((len(prompts), len(prompts[0]) - start_pos), start_pos)
 
 
+def test_without_setup_cache_each_answer_prefills_its_prompt():
+    model = ScriptedModel()
+    llama = Llama(model, ScriptedTokenizer([]))
+    tokens, logprobs = llama.generate([[3], [5]], 2, num_return_sequences=2, logprobs=True, echo=True)
+    assert tokens == [[3, 4, 5]] * 2 + [[5, 6, 7]] * 2
+    assert all(row == pytest.approx([0, 0, 0], abs=1e-4) for row in logprobs)
+    assert model.calls == [((4, 1), 0), ((4, 1), 1)]
+
+
 def test_without_setup_cache_the_whole_prompt_passes_through():
     model = ScriptedModel()
     llama = Llama(model, ScriptedTokenizer([]))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import ScriptedModel, ScriptedTokenizer, tiny_model
+from conftest import CachelessBeams, ScriptedModel, ScriptedTokenizer, tiny_model
 
 from llama import Llama
 from llama.sampling import sample
@@ -106,11 +106,11 @@ def test_several_answers_are_those_of_repeated_prompts(llama):
     assert llama.generate(PROMPTS, 15, 1.3, 0.95, seed=2, num_return_sequences=3) == expected
 
 
-def test_each_prompt_is_prefilled_once():
-    model = ScriptedModel(max_batch_size=6)
+@pytest.mark.parametrize(("kind", "prefilled_rows"), [(CachelessBeams, 2), (ScriptedModel, 6)])
+def test_each_prompt_is_prefilled_once_if_rows_of_the_cache_can_be_copied(kind, prefilled_rows):
+    model = kind(max_batch_size=6)
     tokens, _ = Llama(model, ScriptedTokenizer()).generate([[5], [7]], 3, 0.5, num_return_sequences=3)
-    assert model.calls[0] == ((2, 1), 0)
-    assert model.calls[1] == ((6, 1), 1)
+    assert model.calls == [((prefilled_rows, 1), 0), ((6, 1), 1), ((6, 1), 2)]
     assert tokens == [[6, 7, 8]] * 3 + [[8, 9, 10]] * 3
 
 
@@ -118,26 +118,6 @@ def test_the_answers_to_the_first_prompt_come_first(llama):
     predictions = llama.text_completion(["7 8", "100 9"], 1.5, 1.0, 8, num_return_sequences=3, seed=3, echo=True)
     begins = [prediction["generation"].startswith("1 7 8") for prediction in predictions]
     assert begins == [True] * 3 + [False] * 3
-
-
-class WithParameters(torch.nn.Module):
-    """A network that has a cache of its own, as far as one can tell, but no `setup_cache`."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.params = ScriptedModel().params
-
-    def forward(self, tokens, start_pos):
-        return ScriptedModel().forward(tokens, start_pos)
-
-
-def test_several_answers_need_a_cache_whose_rows_can_be_copied():
-    llama = Llama(WithParameters(), ScriptedTokenizer())
-    assert llama.generate([[3]], 3, 0)[0] == [[4, 5, 6]]
-    for options in ({"num_return_sequences": 2}, {"num_beams": 2}):
-        with pytest.raises(ValueError, match=r"so the model must have `setup_cache`: see llama.protocols.CachedModel"):
-            llama.generate([[3]], 3, **options)
 
 
 # logits_processor

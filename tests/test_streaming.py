@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import ScriptedModel, ScriptedTokenizer, examples, tiny_model
+from conftest import CachelessBeams, ScriptedModel, ScriptedTokenizer, examples, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -190,7 +190,7 @@ def test_beams_and_samples_end_alike_beside_half_characters():
         def decode(self, t):
             return decode_bytes(t)
 
-    class Model(ScriptedModel):
+    class Model(CachelessBeams):
         def forward(self, tokens, start_pos):
             logits = torch.zeros(*tokens.shape, 10)
             logits[..., [1, 4][start_pos > 0]] = 9.0
