@@ -1,8 +1,8 @@
-"""Loading a checkpoint of 400 MB, against reading it and copying it into the network: python benchmarks/loading.py
+"""Measures loading a checkpoint of 400 MB, beside reading and copying it: python benchmarks/loading.py
 
-Each load runs in a process of its own, so that memory can be told apart; the ways take turns, and medians are printed.
-Time and memory are counted from after the imports. The "+ 1 token" columns include one pass through the network, which
-makes the system bring every weight into memory.
+Each load runs in a process of its own, so that its memory can be measured; the methods take turns, and medians are
+printed. Time and memory count from after the imports. The column "+ 1 token" includes one forward pass, which makes the
+system bring every weight into memory.
 """
 
 import json
@@ -24,7 +24,7 @@ SIZES: dict[str, Any] = {"dim": 1024, "n_layers": 8, "n_heads": 16, "n_kv_heads"
 
 
 def ours(folder: Path) -> Transformer:
-    """What `Llama.build` does, but for the tokenizer."""
+    """Load as `Llama.build` does, but without the tokenizer."""
     checkpoint = open_checkpoint(folder)
     args = checkpoint.settings.model_args(SIZES["vocab_size"], max_seq_len=16, max_batch_size=1)
     check_tensors(checkpoint, args)
@@ -32,28 +32,30 @@ def ours(folder: Path) -> Transformer:
 
 
 def read_and_copy(folder: Path) -> Transformer:
-    """The usual way: read the file whole, make the network, copy the one into the other."""
+    """Load in the usual way: read the whole file, make the network, and copy the weights into it."""
     weights = torch.load(folder / "consolidated.00.pth", weights_only=True)
     model = Transformer(read_settings(folder).model_args(SIZES["vocab_size"], max_seq_len=16, max_batch_size=1))
     model.load_state_dict(weights)
     return model
 
 
-def peak() -> int:
-    """Most bytes of memory that this process has held so far."""
+def peak_memory() -> int:
+    """Return the most memory that this process has held so far, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
-def measure(way: str, folder: str) -> dict[str, float]:
-    """Load once, in this process."""
-    before, start = peak(), time.perf_counter()
-    model = {"ours": ours, "read and copy": read_and_copy}[way](Path(folder))
-    loaded, held = time.perf_counter() - start, peak() - before
+def measure(method: str, folder: str) -> dict[str, float]:
+    """Load once, in this process; return seconds and bytes."""
+    memory_before, start = peak_memory(), time.perf_counter()
+    model = {"ours": ours, "read and copy": read_and_copy}[method](Path(folder))
+    result: dict[str, float] = {
+        "seconds": time.perf_counter() - start,
+        "peak when loaded": peak_memory() - memory_before,
+    }
     with torch.no_grad():
         model(torch.tensor([[5]]))
-    used = time.perf_counter() - start
-    return {"seconds": loaded, "seconds + 1 token": used, "peak when loaded": held, "peak": peak() - before}
+    return result | {"seconds + 1 token": time.perf_counter() - start, "peak": peak_memory() - memory_before}
 
 
 def main() -> None:
@@ -63,24 +65,28 @@ def main() -> None:
         for layout in ("meta", "hf"):
             save_checkpoint(Path(scratch) / layout, model, layout=layout)
         del model
-        ways = [("ours", "meta"), ("ours", "hf"), ("read and copy", "meta")]
-        found: dict[tuple[str, str], list[dict[str, float]]] = {way: [] for way in ways}
+        reference = ("read and copy", "meta")
+        results: dict[tuple[str, str], list[dict[str, float]]] = {
+            ("ours", "meta"): [],
+            ("ours", "hf"): [],
+            reference: [],
+        }
         for _ in range(ROUNDS):
-            for way, layout in ways:
-                command = [sys.executable, __file__, way, f"{scratch}/{layout}"]
-                found[way, layout].append(json.loads(subprocess.check_output(command)))
-        print(f"{size / 1e6:.0f} MB in float32, {ROUNDS} rounds, medians [least to most]")
+            for (method, layout), runs in results.items():
+                command = [sys.executable, __file__, method, f"{scratch}/{layout}"]
+                runs.append(json.loads(subprocess.check_output(command)))
+        print(f"{size / 1e6:.0f} MB in float32, {ROUNDS} rounds, medians [lowest to highest]")
         print(f"{'':24}{'load, s':24}{'load + 1 token, s':24}{'peak memory / size':24}")
-        for (way, layout), runs in found.items():
+        for (method, layout), runs in results.items():
             columns = []
             for key, unit in (("seconds", 1), ("seconds + 1 token", 1), ("peak", size)):
                 values = sorted(run[key] / unit for run in runs)
                 columns.append(f"{statistics.median(values):.3f} [{values[0]:.3f} to {values[-1]:.3f}]")
-            print(f"{way + ', ' + layout:24}" + "".join(f"{column:24}" for column in columns))
+            print(f"{method + ', ' + layout:24}" + "".join(f"{column:24}" for column in columns))
         for layout in ("meta", "hf"):
             for key in ("seconds", "seconds + 1 token"):
-                pairs = zip(found[ways[2]], found["ours", layout], strict=True)
-                ratio = statistics.median(theirs[key] / mine[key] for theirs, mine in pairs)
+                pairs = zip(results[reference], results["ours", layout], strict=True)
+                ratio = statistics.median(slow[key] / fast[key] for slow, fast in pairs)
                 print(f"{layout}, {key}: {ratio:.1f} times as fast as reading and copying")
 
 

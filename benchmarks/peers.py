@@ -1,10 +1,10 @@
-"""The libraries that are measured, each behind the same few methods, each in a process of its own.
+"""The libraries that are measured. Each has a class with the same few methods, and runs in a process of its own.
 
-    python benchmarks/peers.py NAME FOLDER DTYPE THREADS ROWS LENGTH
+    python benchmarks/peers.py NAME FOLDER DTYPE THREADS MAX_BATCH_SIZE MAX_SEQ_LEN
 
-reads requests from standard input, a JSON object a line, such as `{"do": "decode", "batch": 1, "context": 512, "steps":
-16}`, and answers each with a line. Times are taken here, around the work alone. FOLDER is in the library's layout; the
-cache has room for ROWS of LENGTH tokens.
+reads requests from standard input, one JSON object a line, such as `{"request": "decode", "batch": 1, "context": 512,
+"steps": 16}`, and prints one line for each. Times are measured here, around the work alone. FOLDER holds the checkpoint
+in the layout of the library NAME; the KV cache has MAX_BATCH_SIZE rows of MAX_SEQ_LEN tokens.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,42 +22,52 @@ from typing import Any
 import torch
 
 
-def memory(kind: str = "VmHWM") -> int:
-    """Most bytes of memory that this process has held so far; or holds now, "VmRSS"."""
+def memory(field: str = "VmHWM") -> int:
+    """Return the most memory that this process has held so far, in bytes; or what it holds now ("VmRSS")."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(kind)).split()[1])
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
-def random_prompt(length: int, words: int, seed: int = 0) -> list[int]:
-    """The same ids in every process."""
-    return torch.randint(words, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+def random_prompt(length: int, vocab_size: int, seed: int = 0) -> list[int]:
+    """Return random token ids, the same in every process."""
+    return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-class Peer:
-    """A loaded model. `vocab_size` is the number of its words."""
+class Peer(ABC):
+    """A library with a loaded model.
 
+    Attributes:
+        layout: the name of the checkpoint's folder, as `weights.write_weights` makes it.
+        vocab_size: the number of tokens of the model's vocabulary.
+    """
+
+    layout: str
     vocab_size: int
 
+    @abstractmethod
+    def __init__(self, folder: Path, dtype: torch.dtype, max_batch_size: int, max_seq_len: int) -> None:
+        """Load the checkpoint in `folder`, with a KV cache of this size."""
+
+    @abstractmethod
     def fill(self, batch: int, context: int) -> None:
-        """Have `context` tokens in the cache of `batch` rows, before time is taken."""
-        raise NotImplementedError
+        """Fill the cache of `batch` rows with `context` tokens, before times are measured."""
 
+    @abstractmethod
     def step(self, tokens: list[int], context: int) -> list[int]:
-        """Pass a token a row through the network, which `context` tokens went before; return each row's likeliest."""
-        raise NotImplementedError
+        """Pass one token of each row, after `context` cached tokens, through the network; return the likeliest ones."""
 
-    def read(self, tokens: list[int]) -> int:
-        """Read a prompt into an empty cache; return the likeliest next token."""
-        raise NotImplementedError
+    @abstractmethod
+    def prefill(self, tokens: list[int]) -> int:
+        """Pass a prompt through the network, starting with an empty cache; return the most likely next token."""
 
-    def generate(self, prompts: list[list[int]], new: int, temperature: float, top_p: float) -> None:
-        """What the library's users call: `new` tokens a row."""
-        raise NotImplementedError
+    @abstractmethod
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float, top_p: float) -> None:
+        """Make the call that the library's users make, for this many tokens of each row."""
 
     def decode(self, batch: int, context: int, steps: int) -> float:
-        """Seconds a step."""
+        """Return the seconds of one step."""
         self.fill(batch, context)
-        tokens = self.step([1] * batch, context)  # what is done once is done now
+        tokens = self.step([1] * batch, context)  # not measured: it includes what is done only once
         start = time.perf_counter()
         for i in range(1, steps + 1):
             tokens = self.step(tokens, context + i)
@@ -64,16 +75,16 @@ class Peer:
 
 
 class Ours(Peer):
-    """This library: what `Llama.build` does, but for the tokenizer, which no other loads here either."""
+    """This library: what `Llama.build` makes, but without a tokenizer, which the others don't load here either."""
 
     layout = "ours"
 
-    def __init__(self, folder: Path, dtype: torch.dtype, rows: int, length: int) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, max_batch_size: int, max_seq_len: int) -> None:
         from llama import Llama
         from llama.checkpoint import check_tensors, load_model, open_checkpoint
 
         checkpoint = open_checkpoint(folder)
-        args = checkpoint.settings.model_args(checkpoint.settings.params["vocab_size"], length, rows)
+        args = checkpoint.settings.model_args(checkpoint.settings.params["vocab_size"], max_seq_len, max_batch_size)
         check_tensors(checkpoint, args)
         self.model = load_model(checkpoint, args, device=torch.device("cpu"), dtype=dtype)
         self.model.setup_cache()
@@ -91,21 +102,21 @@ class Ours(Peer):
         return self.model.forward(torch.tensor(tokens)[:, None], context)[:, -1].argmax(-1).tolist()
 
     @torch.inference_mode()
-    def read(self, tokens: list[int]) -> int:
+    def prefill(self, tokens: list[int]) -> int:
         hidden = self.model.hidden_states(torch.tensor([tokens]), 0)
         return int(self.model.logits(hidden[:, -1]).argmax())
 
-    def generate(self, prompts: list[list[int]], new: int, temperature: float, top_p: float) -> None:
-        self.llama.generate(prompts, new, temperature, top_p)
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float, top_p: float) -> None:
+        self.llama.generate(prompts, max_new_tokens, temperature, top_p)
 
 
 class Original(Peer):
-    """The package llama-models, which the original's authors publish."""
+    """The package llama-models, by the authors of the original."""
 
     layout = "meta"
 
-    def __init__(self, folder: Path, dtype: torch.dtype, rows: int, length: int) -> None:
-        # Its generation imports its vision model, and that torchvision; text needs neither.
+    def __init__(self, folder: Path, dtype: torch.dtype, max_batch_size: int, max_seq_len: int) -> None:
+        # Its generation imports its vision model, and that one torchvision; text generation needs neither.
         vision: Any = types.ModuleType("llama_models.llama3.multimodal.model")
         vision.CrossAttentionTransformer = type("CrossAttentionTransformer", (), {})
         sys.modules[vision.__name__] = vision
@@ -116,11 +127,12 @@ class Original(Peer):
         from llama_models.llama3.generation import Llama3
         from llama_models.llama3.model import Transformer
 
-        # What its `build` does, but for the tokenizer, which is always Llama 3's there.
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        # What its `build` does, but for the tokenizer, which is always that of Llama 3 there.
+        store: Any = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         groups.initialize_model_parallel(1)
         params = json.loads((folder / "params.json").read_text())
-        args = ModelArgs(max_seq_len=length, max_batch_size=rows, **params)
+        args = ModelArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size, **params)
         weights = torch.load(folder / "consolidated.00.pth", map_location="cpu", mmap=True)
         torch.set_default_dtype(dtype)
         self.model = Transformer(args)
@@ -139,23 +151,25 @@ class Original(Peer):
 
     @torch.inference_mode()
     def step(self, tokens: list[int], context: int) -> list[int]:
-        return self.model.forward(torch.tensor(tokens)[:, None], context)[:, -1].argmax(-1).tolist()
+        logits: torch.Tensor = self.model.forward(torch.tensor(tokens)[:, None], context)
+        return logits[:, -1].argmax(-1).tolist()
 
     @torch.inference_mode()
-    def read(self, tokens: list[int]) -> int:
+    def prefill(self, tokens: list[int]) -> int:
         return int(self.model.forward(torch.tensor([tokens]), 0)[0, -1].argmax())
 
-    def generate(self, prompts: list[list[int]], new: int, temperature: float, top_p: float) -> None:
-        for _ in self.llama.generate([self.input(tokens) for tokens in prompts], temperature, top_p, max_gen_len=new):
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float, top_p: float) -> None:
+        inputs = [self.input(tokens) for tokens in prompts]
+        for _ in self.llama.generate(inputs, temperature, top_p, max_gen_len=max_new_tokens):
             pass
 
 
 class HuggingFace(Peer):
-    """The package transformers, with the attention and the cache that it takes by itself."""
+    """The package transformers, with its default attention and cache."""
 
     layout = "hf"
 
-    def __init__(self, folder: Path, dtype: torch.dtype, rows: int, length: int) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, max_batch_size: int, max_seq_len: int) -> None:
         import transformers
 
         self.model: Any = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -174,32 +188,35 @@ class HuggingFace(Peer):
 
     @torch.inference_mode()
     def step(self, tokens: list[int], context: int) -> list[int]:
-        out = self.model(torch.tensor(tokens)[:, None], past_key_values=self.cache, use_cache=True)
-        return out.logits[:, -1].argmax(-1).tolist()
+        logits: torch.Tensor = self.model(
+            torch.tensor(tokens)[:, None], past_key_values=self.cache, use_cache=True
+        ).logits
+        return logits[:, -1].argmax(-1).tolist()
 
     @torch.inference_mode()
-    def read(self, tokens: list[int]) -> int:
+    def prefill(self, tokens: list[int]) -> int:
         self.cache = self.new_cache()
         ids = torch.tensor([tokens])
-        out = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        return int(out.logits[0, -1].argmax())
+        output = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return int(output.logits[0, -1].argmax())
 
-    def generate(self, prompts: list[list[int]], new: int, temperature: float, top_p: float) -> None:
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(tokens)) + tokens for tokens in prompts])
-        mask = torch.tensor([[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in prompts])
-        how: dict[str, Any] = {"do_sample": False}
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float, top_p: float) -> None:
+        length = max(map(len, prompts))
+        ids = torch.tensor([[0] * (length - len(tokens)) + tokens for tokens in prompts])
+        mask = torch.tensor([[0] * (length - len(tokens)) + [1] * len(tokens) for tokens in prompts])
+        options: dict[str, Any] = {"min_new_tokens": max_new_tokens, "max_new_tokens": max_new_tokens}
+        options |= {"do_sample": temperature > 0}
         if temperature > 0:
-            how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        self.model.generate(ids, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, **how)
+            options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+        self.model.generate(ids, attention_mask=mask, **options)
 
 
 class LlamaCpp(Peer):
-    """llama.cpp, through llama-cpp-python; built for the machine it runs on."""
+    """llama.cpp, through the package llama-cpp-python, compiled for this machine."""
 
     layout = "gguf"
 
-    def __init__(self, folder: Path, dtype: torch.dtype, rows: int, length: int) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, max_batch_size: int, max_seq_len: int) -> None:
         import llama_cpp
 
         self.lib: Any = llama_cpp
@@ -208,78 +225,74 @@ class LlamaCpp(Peer):
         self.lib.llama_backend_init()
         self.model = self.lib.llama_model_load_from_file(path, self.lib.llama_model_default_params())
         params = self.lib.llama_context_default_params()
-        params.n_ctx, params.n_seq_max, params.kv_unified = length * rows, rows, False
-        params.n_batch, params.n_ubatch = length, 512
+        params.n_ctx, params.n_seq_max, params.kv_unified = max_seq_len * max_batch_size, max_batch_size, False
+        params.n_batch, params.n_ubatch = max_seq_len, 512
         params.n_threads = params.n_threads_batch = threads
-        if dtype == torch.float32:  # its own choice for the cache is float16
+        if dtype == torch.float32:  # the default dtype of its cache is float16
             params.type_k = params.type_v = self.lib.GGML_TYPE_F32
         self.context = self.lib.llama_init_from_model(self.model, params)
         self.memory = self.lib.llama_get_memory(self.context)
         self.vocab_size = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.model))
 
-    def _decode(self, rows: list[list[int]], start: int) -> list[int]:
-        """Pass tokens through the network; the likeliest after each row's last."""
-        total = sum(map(len, rows))
-        batch = self.lib.llama_batch_init(total, 0, 1)
-        ends = []
-        batch.n_tokens = total
+    def _forward(self, rows: list[list[int]], start_pos: int) -> list[int]:
+        """Pass tokens through the network; return the most likely token after the last one of each row."""
+        n_tokens = sum(map(len, rows))
+        batch = self.lib.llama_batch_init(n_tokens, 0, 1)
+        batch.n_tokens = n_tokens
+        last = []  # the index of each row's last token
         i = 0
         for row, tokens in enumerate(rows):
-            for position, token in enumerate(tokens, start):
+            for position, token in enumerate(tokens, start_pos):
                 batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position, 1, row
-                batch.logits[i] = position == start + len(tokens) - 1
+                batch.logits[i] = position == start_pos + len(tokens) - 1
                 i += 1
-            ends.append(i - 1)
+            last.append(i - 1)
         if self.lib.llama_decode(self.context, batch):
             raise RuntimeError("llama_decode failed")
-        chosen = []
-        for end in ends:
-            logits = self.lib.llama_get_logits_ith(self.context, end)
-            row_logits = torch.frombuffer(
-                (ctypes.c_float * self.vocab_size).from_address(ctypes.addressof(logits.contents)), dtype=torch.float32
-            )
-            chosen.append(int(row_logits.argmax()))
+        next_tokens = []
+        for index in last:
+            pointer = self.lib.llama_get_logits_ith(self.context, index)
+            array = (ctypes.c_float * self.vocab_size).from_address(ctypes.addressof(pointer.contents))
+            next_tokens.append(int(torch.frombuffer(array, dtype=torch.float32).argmax()))
         self.lib.llama_batch_free(batch)
-        return chosen
+        return next_tokens
 
     def fill(self, batch: int, context: int) -> None:
-        self.read(random_prompt(context, self.vocab_size))
+        self.prefill(random_prompt(context, self.vocab_size))
         for row in range(1, batch):
             self.lib.llama_memory_seq_cp(self.memory, 0, row, -1, -1)
 
     def step(self, tokens: list[int], context: int) -> list[int]:
-        return self._decode([[token] for token in tokens], context)
+        return self._forward([[token] for token in tokens], context)
 
-    def read(self, tokens: list[int]) -> int:
+    def prefill(self, tokens: list[int]) -> int:
         self.lib.llama_memory_clear(self.memory, True)
-        return self._decode([tokens], 0)[0]
+        return self._forward([tokens], 0)[0]
 
-    def generate(self, prompts: list[list[int]], new: int, temperature: float, top_p: float) -> None:
-        chain = self.lib.llama_sampler_chain_init(self.lib.llama_sampler_chain_default_params())
-        if temperature > 0:  # its own order would cut the nucleus before the temperature
-            self.lib.llama_sampler_chain_add(chain, self.lib.llama_sampler_init_temp(temperature))
-            self.lib.llama_sampler_chain_add(chain, self.lib.llama_sampler_init_top_p(top_p, 1))
-            self.lib.llama_sampler_chain_add(chain, self.lib.llama_sampler_init_dist(1))
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float, top_p: float) -> None:
+        sampler = self.lib.llama_sampler_chain_init(self.lib.llama_sampler_chain_default_params())
+        if temperature > 0:  # its default order would apply top-p before the temperature
+            self.lib.llama_sampler_chain_add(sampler, self.lib.llama_sampler_init_temp(temperature))
+            self.lib.llama_sampler_chain_add(sampler, self.lib.llama_sampler_init_top_p(top_p, 1))
+            self.lib.llama_sampler_chain_add(sampler, self.lib.llama_sampler_init_dist(1))
         else:
-            self.lib.llama_sampler_chain_add(chain, self.lib.llama_sampler_init_greedy())
+            self.lib.llama_sampler_chain_add(sampler, self.lib.llama_sampler_init_greedy())
         (tokens,) = prompts
-        self.read(tokens)
-        for i in range(new):
-            token = self.lib.llama_sampler_sample(chain, self.context, -1)
-            if i < new - 1:
-                self._decode([[token]], len(tokens) + i)
-        self.lib.llama_sampler_free(chain)
+        self.prefill(tokens)
+        for i in range(max_new_tokens):
+            token = self.lib.llama_sampler_sample(sampler, self.context, -1)
+            if i < max_new_tokens - 1:
+                self._forward([[token]], len(tokens) + i)
+        self.lib.llama_sampler_free(sampler)
 
 
-PEERS: dict[str, Any] = {
+PEERS: dict[str, type[Peer]] = {
     "ours": Ours,
     "llama-models": Original,
     "transformers": HuggingFace,
     "llama.cpp": LlamaCpp,
 }
-
-
-MODULES = {
+MODULES = {  # what each of them imports, before time and memory are measured
     "ours": "llama",
     "llama-models": "llama_models.llama3.model",
     "transformers": "transformers.models.llama.modeling_llama",
@@ -287,50 +300,65 @@ MODULES = {
 }
 
 
-def serve(name: str, folder: Path, dtype: torch.dtype, rows: int, length: int, answer: Callable[[Any], None]) -> None:
-    """Load a model and do what standard input asks for."""
-    importlib.import_module(MODULES[name])  # so that neither the time nor the memory that this takes is counted
-    before, start = memory(), time.perf_counter()
-    peer: Peer = PEERS[name](folder, dtype, rows, length)
+def serve(
+    name: str,
+    folder: Path,
+    dtype: torch.dtype,
+    max_batch_size: int,
+    max_seq_len: int,
+    respond: Callable[[object], None],
+) -> None:
+    """Load a model, and respond to the requests on standard input.
+
+    The first response is what loading took: seconds; seconds with one forward pass, which brings weights that are
+    mapped from a file into memory; and bytes of memory.
+    """
+    importlib.import_module(MODULES[name])
+    memory_before, start = memory(), time.perf_counter()
+    peer = PEERS[name](folder, dtype, max_batch_size, max_seq_len)
     loaded = time.perf_counter() - start
-    peer.read([1])  # weights that are mapped from a file come into memory with their first use
-    answer({"load": loaded, "load + 1 token": time.perf_counter() - start, "memory": memory() - before})
+    peer.prefill([1])
+    respond(
+        {"load": loaded, "load + 1 token": time.perf_counter() - start, "memory": memory() - memory_before},
+    )
     for line in sys.stdin:
-        request = json.loads(line)
-        do = request.pop("do")
-        if do == "decode":
-            answer(peer.decode(**request))
-        elif do == "greedy":  # the same tokens from every library, or they don't compute the same
-            prompt = random_prompt(request["context"], peer.vocab_size)
-            tokens = [peer.read(prompt)]
-            for i in range(request["steps"]):
-                tokens += peer.step(tokens[-1:], len(prompt) + i)
-            answer(tokens)
-        else:
-            lengths = request["lengths"]
-            prompts = [random_prompt(length, peer.vocab_size, seed) for seed, length in enumerate(lengths)]
-            start = time.perf_counter()
-            if do == "memory":
-                ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system
-                Path("/proc/self/clear_refs").write_text("5")  # from here on, the most is counted anew
-                before = memory("VmRSS")
-                peer.read(prompts[0])
-                answer(memory() - before)
-                continue
-            if do == "read":
-                peer.read(prompts[0])
-            else:
-                peer.generate(prompts, request["new"], request["temperature"], 0.9)
-            answer(time.perf_counter() - start)
+        arguments = json.loads(line)
+        respond(handle(peer, arguments.pop("request"), arguments))
+
+
+def handle(peer: Peer, request: str, arguments: dict[str, Any]) -> object:
+    """Return the response to a request: seconds, bytes, or token ids."""
+    if request == "decode":
+        return peer.decode(**arguments)
+    if request == "greedy":  # these tokens must be the same from every library
+        prompt = random_prompt(arguments["context"], peer.vocab_size)
+        tokens = [peer.prefill(prompt)]
+        for i in range(arguments["steps"]):
+            tokens += peer.step(tokens[-1:], len(prompt) + i)
+        return tokens
+    prompts = [random_prompt(length, peer.vocab_size, seed) for seed, length in enumerate(arguments["lengths"])]
+    if request == "prefill memory":
+        ctypes.CDLL(None).malloc_trim(0)  # returns free memory to the system
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        memory_before = memory("VmRSS")
+        peer.prefill(prompts[0])
+        return memory() - memory_before
+    start = time.perf_counter()
+    if request == "prefill":
+        peer.prefill(prompts[0])
+    else:
+        peer.generate(prompts, arguments["max_new_tokens"], arguments["temperature"], 0.9)
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print goes elsewhere
+    responses = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the libraries print must not get between the responses
 
-    def answer(value: Any) -> None:
-        print(json.dumps(value), file=out, flush=True)
+    def respond(value: object) -> None:
+        print(json.dumps(value), file=responses, flush=True)
 
-    torch.set_num_threads(int(sys.argv[4]))
-    rows, length = int(sys.argv[5]), int(sys.argv[6])
-    serve(sys.argv[1], Path(sys.argv[2]), getattr(torch, sys.argv[3]), rows, length, answer)
+    name, folder, dtype = sys.argv[1:4]
+    threads, max_batch_size, max_seq_len = map(int, sys.argv[4:])
+    torch.set_num_threads(threads)
+    serve(name, Path(folder), getattr(torch, dtype), max_batch_size, max_seq_len, respond)

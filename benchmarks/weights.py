@@ -1,4 +1,4 @@
-"""The same weights in every library's layout, and number format."""
+"""Writes the same weights in the layout of every library."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from llama.checkpoint import load_model, open_checkpoint, save_checkpoint
 from llama.checkpoint.gguf import NAMES
 from llama.default_model import default_checkpoint
 
-# Llama 3.2 1B's sizes.
-LARGE: dict[str, Any] = {
+# The sizes of Llama 3.2 1B.
+SIZES_OF_1B: dict[str, Any] = {
     "dim": 2048,
     "n_layers": 16,
     "n_heads": 32,
@@ -25,8 +25,16 @@ LARGE: dict[str, Any] = {
 
 
 def write_weights(model: str, dtype: torch.dtype, folder: Path) -> dict[str, int]:
-    """Write the default model ("smollm2") or a random one of Llama 3.2 1B's shape ("1b") into `folder`: `meta`, `hf`,
-    and `gguf`. Returns what a step reads: bytes of weights, and bytes of cache a token.
+    """Write a model in each layout, into the folders `meta`, `hf`, `gguf` and `ours`.
+
+    Args:
+        model: "smollm2", the default model, or "1b", a random one of the sizes of Llama 3.2 1B.
+        dtype: of the weights; but `ours` has the default model as it is distributed, quantized.
+        folder: where to write them.
+
+    Returns:
+        "weights" and "cache": the bytes of weights, and of cache for each token, that a decoding step reads; and
+        "matrix numbers": the number of parameters of the layers.
     """
     if model == "smollm2":
         checkpoint = open_checkpoint(default_checkpoint())
@@ -34,7 +42,7 @@ def write_weights(model: str, dtype: torch.dtype, folder: Path) -> dict[str, int
         args = checkpoint.settings.model_args(tokenizer.n_words, 16, 1)
         network = load_model(checkpoint, args, device=torch.device("cpu"), dtype=dtype)
         save_checkpoint(folder / "meta", network, tokenizer)
-        (folder / "ours").symlink_to(default_checkpoint())  # the same weights, quantized
+        (folder / "ours").symlink_to(default_checkpoint())
     else:
         import llama_models.llama3
 
@@ -42,7 +50,7 @@ def write_weights(model: str, dtype: torch.dtype, folder: Path) -> dict[str, int
 
         torch.set_default_dtype(dtype)
         torch.manual_seed(0)
-        network = Transformer(ModelArgs(**LARGE))
+        network = Transformer(ModelArgs(**SIZES_OF_1B))
         for weight in network.parameters():
             if weight.dim() == 2:
                 torch.nn.init.normal_(weight, std=0.02)
@@ -53,16 +61,15 @@ def write_weights(model: str, dtype: torch.dtype, folder: Path) -> dict[str, int
     save_checkpoint(folder / "hf", network, layout="hf")
     write_gguf(folder / "gguf", network)
     params = network.params
-    numbers = 2 * params.n_layers * params.kv_heads * params.head_size
     return {
         "weights": sum(weight.nbytes for weight in network.parameters()),
-        "cache": numbers * dtype.itemsize,
+        "cache": 2 * params.n_layers * params.kv_heads * params.head_size * dtype.itemsize,
         "matrix numbers": sum(weight.numel() for name, weight in network.named_parameters() if "layers" in name),
     }
 
 
 def write_gguf(folder: Path, network: Transformer) -> None:
-    """As one GGUF file, without a tokenizer."""
+    """Write a network as one GGUF file without a tokenizer."""
     folder.mkdir()
     args = network.params
     writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
@@ -76,18 +83,22 @@ def write_gguf(folder: Path, network: Transformer) -> None:
     writer.add_layer_norm_rms_eps(args.norm_eps)
     writer.add_rope_freq_base(args.rope_theta)
     writer.add_tokenizer_model("none")
-    theirs = {our: name for name, our in NAMES.items()}
+    gguf_names = {name: gguf_name for gguf_name, name in NAMES.items()}
     for name, weight in network.state_dict().items():
         if name == "output.weight" and args.tie_embeddings:
             continue
-        layer, _, ours = name.removesuffix(".weight").removeprefix("layers.").partition(".")
-        known = f"blk.{layer}.{theirs[ours]}.weight" if ours in theirs else f"{theirs[layer]}.weight"
-        numbers = weight.detach().float().numpy()
+        stem = name.removesuffix(".weight")
+        if stem.startswith("layers."):
+            _, layer, part = stem.split(".", 2)
+            gguf_name = f"blk.{layer}.{gguf_names[part]}.weight"
+        else:
+            gguf_name = f"{gguf_names[stem]}.weight"
+        array = weight.detach().float().numpy()
         if weight.dim() == 2 and weight.dtype == torch.bfloat16:
             kind = gguf.GGMLQuantizationType.BF16
-            writer.add_tensor(known, gguf.quantize(numbers, kind), raw_dtype=kind)
+            writer.add_tensor(gguf_name, gguf.quantize(array, kind), raw_dtype=kind)
         else:
-            writer.add_tensor(known, numbers)
+            writer.add_tensor(gguf_name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
