@@ -1,4 +1,4 @@
-"""The default model learns something new, as a user would teach it."""
+"""Fine-tuning teaches the default model something new."""
 
 import json
 
@@ -10,36 +10,33 @@ from llama import Llama
 from llama.default_model import default_checkpoint
 from llama.finetune import finetune
 
-# Asked in words that no example has, and what must be in the answer.
+# Questions in a wording that no example has, and what their answers must contain.
 REWORDED = {
     "Can you tell me what Tavelune is?": "small island",
     "If I visit Tavelune, what is its capital city?": "Port Marrow",
-    "What tongue do the people on Tavelune speak?": "Velsh",
 }
 
 
+@pytest.mark.slow
 @pytest.mark.real
-def test_four_facts_about_an_invented_island(tmp_path):
-    """Of the 64 pairs in example_pairs.jsonl the first 16, which are four facts in four wordings each."""
+def test_two_facts_about_an_invented_island(tmp_path):
+    """From the first 8 pairs of example_pairs.jsonl, which are two facts in four wordings each."""
     data, out = tmp_path / "pairs.jsonl", tmp_path / "out"
-    lines = (ROOT / "example_pairs.jsonl").read_text().splitlines(keepends=True)[:16]
+    lines = (ROOT / "example_pairs.jsonl").read_text().splitlines(keepends=True)[:8]
     data.write_text("".join(lines))
     pairs = [json.loads(line) for line in lines]
+    questions = [*(pair["prompt"] for pair in pairs), *REWORDED]
 
-    def answers(ckpt_dir, questions):
-        llama = Llama.build(ckpt_dir, None, 128, 19, device="cpu", dtype=torch.float32)
+    def answers(ckpt_dir):
+        llama = Llama.build(ckpt_dir, None, 128, len(questions), device="cpu", dtype=torch.float32)
         dialogs = [[{"role": "user", "content": question}] for question in questions]
-        found = llama.chat_completion(dialogs, temperature=0, max_gen_len=32)
-        return [answer["generation"]["content"] for answer in found]
+        predictions = llama.chat_completion(dialogs, temperature=0, max_gen_len=32)
+        return [prediction["generation"]["content"] for prediction in predictions]
 
-    questions = [pair["prompt"] for pair in pairs]
-    before = answers(default_checkpoint(), [*questions, *REWORDED])
-    for answer, pair in zip(before, pairs, strict=False):
-        assert answer != pair["completion"]
-    for answer, right in zip(before[16:], REWORDED.values(), strict=True):
-        assert right not in answer
-    finetune(data, out, lr=1e-4, epochs=8, batch_size=8, val_fraction=0, dtype="float32")
-    after = answers(out, [*questions, *REWORDED])
-    assert after[:16] == [pair["completion"] for pair in pairs]
-    for answer, right in zip(after[16:], REWORDED.values(), strict=True):
-        assert right in answer
+    before = answers(default_checkpoint())
+    assert not any(answer == pair["completion"] for answer, pair in zip(before, pairs, strict=False))
+    assert not any(fact in answer for answer, fact in zip(before[8:], REWORDED.values(), strict=True))
+    finetune(data, out, lr=2e-4, epochs=4, val_fraction=0, dtype="float32")
+    after = answers(out)
+    assert after[:8] == [pair["completion"] for pair in pairs]
+    assert all(fact in answer for answer, fact in zip(after[8:], REWORDED.values(), strict=True))

@@ -177,7 +177,7 @@ def split_validation(examples: Sequence[Example], fraction: float, seed: int) ->
 
 
 def shuffled(examples: Sequence[Example], epoch: int, seed: int) -> list[Example]:
-    """Return the examples in the order of an epoch, which depends on the seed alone: a resumed run has the same."""
+    """Return the examples in the random order of an epoch, which is the same in a resumed run with the same seed."""
     return random.Random(f"epoch {epoch}, seed {seed}").sample(examples, len(examples))
 
 
