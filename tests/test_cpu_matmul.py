@@ -1,6 +1,7 @@
 """Matrix products on a CPU: the same result from whichever library, and the program's settings stay as they are."""
 
 import os
+import signal
 import threading
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_model
 
+from llama import cpu_matmul
 from llama.cpu_matmul import NATIVE_IS_FAST, fast_products, linear
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -66,7 +68,7 @@ def test_the_switch_of_onednn_is_put_back(before):
         with pytest.raises(KeyError), fast_products(1, weight), fast_products(1, weight):
             raise KeyError
         assert torch._C._get_mkldnn_enabled() == before
-        thread = threading.Thread(target=work)
+        thread = threading.Thread(target=work, daemon=True)
         with fast_products(1, weight):
             thread.start()
             entered.wait()
@@ -84,7 +86,7 @@ def test_the_switch_of_onednn_is_put_back(before):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on Windows")
 def test_a_process_forked_within_a_block():
-    """The child has no thread that would leave the block."""
+    """The child has no thread that would leave the block, or that would release the lock."""
     weight = torch.zeros(2, 2, dtype=torch.bfloat16)
     entered, may_leave = threading.Event(), threading.Event()
 
@@ -94,15 +96,24 @@ def test_a_process_forked_within_a_block():
             may_leave.wait()
 
     before = torch._C._get_mkldnn_enabled()
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     entered.wait()
+    cpu_matmul._lock.acquire()  # as another thread might have done
     child = os.fork()
     if child == 0:
-        is_put_back = torch._C._get_mkldnn_enabled() == before
-        with fast_products(1, weight):
-            pass
-        os._exit(0 if is_put_back and torch._C._get_mkldnn_enabled() == before else 1)
+        exit_code = 1
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(10)  # ends the child if it waits for ever
+            assert torch._C._get_mkldnn_enabled() == before
+            with fast_products(1, weight):
+                pass
+            assert torch._C._get_mkldnn_enabled() == before
+            exit_code = 0
+        finally:
+            os._exit(exit_code)
+    cpu_matmul._lock.release()
     may_leave.set()
     thread.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -72,12 +72,6 @@ def test_reorder(cache, rows):
     assert cache.tokens == []
 
 
-def test_reorder_takes_rows_that_are_on_another_device():
-    cache = KVCache(SHAPE, device=torch.device("meta"), dtype=torch.float32)
-    cache.reorder(torch.tensor([1, 0, 0]), 4)
-    assert cache.keys.is_meta
-
-
 def test_clear_sets_positions_of_all_rows_to_zeros(cache):
     cache.keys[1, 1, :, 2] = float("nan")
     cache.clear(2, 4)

@@ -1,6 +1,7 @@
 """Nothing mixes tensors of two devices. Shown without a GPU, by fake tensors: they have a device, but no values."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from llama import Llama, Transformer
+from llama.kv_cache import KVCache
 from llama.sampling import sample, token_logprobs
 
 BATCH, SEQ = 3, 12
@@ -154,6 +156,28 @@ def test_decoding_continues_on_the_device_of_the_logits():
         tokens, logprobs = llama.generate([[5, 6, 7], [4, 4]], 3, 0.6, logprobs=True, echo=True)
         assert tokens == [[5, 6, 7, 7, 7, 7], [4, 4, 7, 7, 7]]
         assert logprobs[1] == [0.0] + [-1.5] * 4
+
+
+@torch.no_grad()
+def test_rows_of_the_cache_are_reordered_where_they_are():
+    """The rows' numbers come from the CPU."""
+    with fake_cuda():
+        cache = KVCache((2, 3, 2, 5, 4), device=torch.device("cuda"), dtype=torch.float32)
+        cache.reorder(torch.tensor([1, 0, 0]), 4)
+        assert cache.keys.device.type == "cuda"
+
+
+def test_the_generator_of_a_seed_is_made_where_the_logits_are(monkeypatch):
+    devices = []
+
+    def generator(device):  # without CUDA, torch.Generator can't be made there
+        devices.append(device.type)
+        return SimpleNamespace(manual_seed=lambda seed: None)
+
+    monkeypatch.setattr(torch, "Generator", generator)
+    with fake_cuda():
+        Llama(on_cuda(torch.bfloat16), ScriptedTokenizer()).generate([[5, 6], [8, 9]], 2, seed=1)
+    assert devices == ["cuda"]
 
 
 @torch.no_grad()

@@ -342,6 +342,17 @@ def test_nothing_is_computed_before_the_first_piece_is_asked_for():
     assert next(stream).text == " 9"
 
 
+def test_the_end_of_a_row_that_has_no_tokens_left():
+    llama = Llama(ScriptedModel(vocab_size=1000), ScriptedTokenizer([]))
+    pieces = list(llama.generate_stream([[5] * 32, [7] * 30], 9, 0))
+    assert [(piece.row, piece.token, piece.ended) for piece in pieces] == [
+        (0, None, "length"),
+        (1, 8, None),
+        (1, 9, "length"),
+    ]
+    assert [piece.ended for piece in llama.generate_stream([[5], [7]], 0)] == ["length", "length"]
+
+
 def test_wrong_arguments_are_refused_before_the_first_piece():
     llama = Llama(ScriptedModel(), ScriptedTokenizer())
     for call, message in (
