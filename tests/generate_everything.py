@@ -12,7 +12,7 @@ from llama import Llama
 
 
 def generate_everything(folder: Path) -> dict:
-    """What each kind of call returns, and how many numbers the parameters and the cache of this process are."""
+    """What each kind of call returns, and the number of elements in this process's parameters and in its cache."""
     llama = Llama.build(folder, None, 96, 4, device="cpu", dtype=torch.float32)
     if int(os.environ.get("RANK", "0")):
         torch.rand(1000)  # the tokens are those of rank 0, though the other ranks have another random state

@@ -1,4 +1,4 @@
-"""The shape of the package: who imports whom, how long the core is, and how near `Llama.generate` is to the network."""
+"""The shape of the package: its imports, the length of the core, and the functions that a call of `generate` passes."""
 
 import ast
 import re
@@ -33,7 +33,7 @@ MODULES = module_paths()
 def imports_of(source: str, module: str) -> set[str]:
     """The modules of the package that `source` imports anywhere: in functions, or for type checkers alone, too.
 
-    An import of a module of a subpackage doesn't count as one of the subpackage itself.
+    An import of a subpackage's module doesn't count as one of the subpackage, whose `__init__` may import that module.
     """
     imported = set()
     package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
@@ -73,8 +73,8 @@ def function():
     assert wings_of(imports_of(source, "llama.batch")) == {"checkpoint", "vocab"}
 
 
-def test_no_module_imports_itself_in_a_circle(imports):
-    order = list(TopologicalSorter(imports).static_order())  # CycleError names the circle
+def test_there_is_no_import_cycle(imports):
+    order = list(TopologicalSorter(imports).static_order())  # CycleError names the modules
     assert len(order) == len(MODULES)
 
 
@@ -101,7 +101,7 @@ def test_private_parts_of_torch_are_used_in_one_module():
     assert users == ["llama.cpu_matmul"]
 
 
-def test_the_core_can_be_read_in_an_afternoon():
+def test_the_core_has_at_most_1300_lines():
     lengths = {module: len(MODULES[f"llama.{module}"].read_text().splitlines()) for module in CORE}
     assert sum(lengths.values()) <= 1300, lengths
 

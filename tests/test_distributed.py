@@ -1,4 +1,4 @@
-"""What processes tell each other; and that one process alone needs none of it."""
+"""Process groups: what the ranks share, and that a single process makes no group."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from conftest import torchrun
 from llama import distributed
 
 
-def test_one_process_alone():
+def test_a_single_process():
     assert distributed.model_parallel_size() == distributed.data_parallel_size() == 1
     assert distributed.model_parallel_rank() == distributed.data_parallel_rank() == 0
     assert distributed.is_first_rank()
@@ -27,7 +27,7 @@ def test_one_process_alone():
     assert not dist.is_initialized()
 
 
-def test_errors_of_one_process_alone():
+def test_errors_in_a_single_process():
     distributed.raise_on_all_ranks(None)
     error = KeyError("x")
     with pytest.raises(KeyError) as raised:

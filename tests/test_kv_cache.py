@@ -138,7 +138,7 @@ def prefilled(llama, monkeypatch):
 
 
 def test_a_call_records_the_tokens_whose_keys_and_values_it_leaves(llama):
-    """All but each row's last new token, which no forward pass has followed; none after a search or a failure."""
+    """All but the last new token of a row, which was not forwarded; after beam search, none."""
     prompts = [[5, 6, 7], [8, 9]]
     tokens, _ = llama.generate(prompts, 4, 0)
     recorded = [prompt + answer[:3] for prompt, answer in zip(prompts, tokens, strict=True)]

@@ -1,4 +1,4 @@
-"""What `Llama` needs of a network: which are cached models, and what is asked of their cache.
+"""What `Llama` needs of a network: which networks are cached models, and how their cache is used.
 
 That a network of another architecture gets the right answers is shown in test_second_network.py.
 """
@@ -12,7 +12,7 @@ from llama.protocols import CachedModel
 
 
 class RecordingCache:
-    """A cache that holds nothing, and records what is asked of it."""
+    """A cache that holds nothing, and records the calls of its methods."""
 
     def __init__(self):
         self.tokens = []
@@ -110,7 +110,7 @@ def test_without_setup_cache_the_whole_prompt_passes_through():
     assert [start_pos for _, start_pos in model.calls] == [0, 2, 0, 2]
 
 
-def test_logits_of_any_dtype(model):
+def test_logits_of_any_dtype():
     class HalfPrecision(ScriptedModel):
         def forward(self, tokens, start_pos):
             return super().forward(tokens, start_pos).half()

@@ -10,7 +10,7 @@ from llama.sampling import keep_top_k, sample, sample_top_p, sampling_probs, tok
 
 
 def nucleus_by_definition(probs: list[float], p: float) -> dict[int, float]:
-    """The tokens of a nucleus, found one at a time, and the probability of each within it."""
+    """The tokens of a nucleus, added one at a time, with their probabilities within it."""
     ordered = sorted(range(len(probs)), key=lambda i: -probs[i])
     nucleus, likelier = {}, 0.0
     for i in ordered:
