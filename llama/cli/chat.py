@@ -8,7 +8,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -21,6 +21,7 @@ from llama.errors import InputError
 from llama.files import require_path, writable_file, write_whole
 from llama.generation import Llama
 from llama.sampling_params import SamplingParams
+from llama.streaming import Piece
 
 # Tokens of the context that are kept free for an answer; a quarter of the context if that is less.
 RESERVED_FOR_ANSWER = 256
@@ -121,10 +122,15 @@ def answer(
     """
     text, n_tokens, ended = "", 0, "interrupted"
     begin = time.monotonic()
-    stream = llama.chat_completion_stream(
-        [request.dialog], request.temperature, request.top_p, request.max_gen_len, reuse_cache=True
+    stream = cast(
+        Generator[Piece, None, None],
+        llama.chat_completion_stream(
+            [request.dialog], request.temperature, request.top_p, request.max_gen_len, reuse_cache=True
+        ),
     )
-    with contextlib.suppress(KeyboardInterrupt):  # raised by Ctrl-C where standard input is no terminal, or on Windows
+    # Ctrl-C raises KeyboardInterrupt where standard input is not a terminal, and on Windows. The stream is closed at
+    # once, even if an error is raised, because the other processes wait for that before they take the next request.
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(stream):
         for piece in stream:
             text += piece.text
             n_tokens += piece.token is not None
