@@ -5,7 +5,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from llama.distributed import broadcast_flag
 from llama.errors import InputError
 from llama.model_lock import lock_of
 from llama.non_finite import explain_non_finite
-from llama.protocols import CachedModel, LanguageModel, TextTokenizer
+from llama.protocols import Cache, LanguageModel, TextTokenizer
 from llama.sampling import sample
 from llama.sampling_params import SamplingParams, check_prompts
 from llama.streaming import Piece, RowOutput, StopCriteria, produce_in_thread
@@ -56,7 +56,7 @@ def stream_batch(
     params: SamplingParams,
     *,
     text: bool,
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """The answers, piece by piece. An error in the arguments is raised now, not at the first piece."""
     if params.num_beams > 1:
         raise InputError(
@@ -90,20 +90,23 @@ def generate_pieces(
     max_new_tokens = [min(params.max_gen_len, model.params.max_seq_len - len(prompt)) for prompt in prompts]
     rows_per_prompt = max(params.num_return_sequences, params.num_beams)
     prompt_of_row = [prompt for prompt in prompts for _ in range(rows_per_prompt)]
-    cache = model.setup_cache() if isinstance(model, CachedModel) else None
+    setup_cache = getattr(model, "setup_cache", None)
+    cache: Cache | None = setup_cache() if callable(setup_cache) else None
 
     # The prompts: each is prefilled once and its row of the cache copied, or as often as it has rows, if that can't be.
     start_pos = common_prefix(prompts, cache.tokens) if params.reuse_cache and cache is not None else 0
     score_prompts = params.echo and params.logprobs
     if max(max_new_tokens) > 0 or score_prompts:
-        prefilled = prompts if cache is not None else prompt_of_row
-        logits, prompt_logprobs = prefill(model, prefilled, start_pos, max(max_new_tokens), score_prompts)
+        prefilled, longest = prompts if cache is not None else prompt_of_row, max(map(len, prompts))
+        if cache is not None and min(map(len, prompts)) < longest:
+            cache.clear(longest, longest + max(max_new_tokens))  # masked for shorter rows, but 0 x NaN is NaN
+        logits, prompt_logprobs = prefill(model, prefilled, start_pos, score_prompts)
         for prompt, scores in zip(prefilled, prompt_logprobs, strict=False):
             if any(map(math.isnan, scores)):
                 raise ArithmeticError(explain_non_finite(model, prompt))
         if cache is not None and rows_per_prompt > 1:
             source_rows = torch.arange(len(prompts)).repeat_interleave(rows_per_prompt)
-            cache.reorder(source_rows, max(map(len, prompts)))
+            cache.reorder(source_rows, longest)
             logits = logits.repeat_interleave(rows_per_prompt, dim=0)  # (rows, vocab_size)
             prompt_logprobs = [scores for scores in prompt_logprobs for _ in range(rows_per_prompt)]
     for row in range(len(prompts) * params.num_return_sequences):
@@ -122,7 +125,7 @@ def generate_pieces(
     criteria = [StopCriteria(limit, stop_tokens, decode_text, params.stop_strings) for limit in max_new_tokens]
     lengths = list(map(len, prompt_of_row))
     if params.num_beams > 1:
-        beams = BeamSearch(model, prompts, params, criteria)
+        beams = BeamSearch(model, cache, prompts, params, criteria)
         for _ in decode(model, logits, lengths, beams.select):
             if beams.done:
                 break

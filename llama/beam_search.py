@@ -13,7 +13,7 @@ import torch
 
 from llama.distributed import broadcast
 from llama.non_finite import explain_non_finite
-from llama.protocols import CachedModel, LanguageModel
+from llama.protocols import Cache, LanguageModel
 from llama.sampling_params import SamplingParams
 from llama.streaming import Piece, RowOutput, StopCriteria
 
@@ -106,14 +106,20 @@ class BeamSearch:
     """The searches for the answers to a batch of prompts: one row of the batch is one beam of one prompt.
 
     Args:
+        cache: the model's, whose rows are reordered as the beams are.
         prompts: ids, which `model` has been prefilled with.
         criteria: what ends the answers to each prompt.
     """
 
     def __init__(
-        self, model: LanguageModel, prompts: list[list[int]], params: SamplingParams, criteria: list[StopCriteria]
+        self,
+        model: LanguageModel,
+        cache: Cache | None,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        criteria: list[StopCriteria],
     ) -> None:
-        self.model, self.prompts, self.params = model, prompts, params
+        self.model, self.cache, self.prompts, self.params = model, cache, prompts, params
         self.searches = [PromptSearch(params, prompt_criteria) for prompt_criteria in criteria]
         self.end = max(map(len, prompts))  # of the cache
         # So many that, if each beam's likeliest tokens are those that end it, enough others are left.
@@ -129,8 +135,8 @@ class BeamSearch:
         sources = []
         for i, search in enumerate(self.searches):
             sources += [i * self.params.num_beams + beam for beam in search.advance(candidates[i])]
-        if not self.done and isinstance(self.model, CachedModel):
-            self.model.setup_cache().reorder(torch.tensor(sources), self.end)
+        if not self.done and self.cache is not None:
+            self.cache.reorder(torch.tensor(sources), self.end)
             self.end += 1
         beams = [beam for search in self.searches for beam in search.beams]
         return torch.tensor([beam.tokens[-1] if beam.tokens else 0 for beam in beams], device=logits.device)

@@ -11,7 +11,7 @@ import torch
 
 from llama.distributed import broadcast
 from llama.model import Transformer
-from llama.protocols import CachedModel, LanguageModel
+from llama.protocols import LanguageModel
 from llama.sampling import token_logprobs
 
 MAX_LOGITS = 2**25  # prompts are scored in blocks of positions with at most about this many logits (128 MB)
@@ -19,18 +19,13 @@ MAX_LOGITS = 2**25  # prompts are scored in blocks of positions with at most abo
 
 @torch.inference_mode()
 def prefill(
-    model: LanguageModel,
-    prompts: list[list[int]],
-    start_pos: int = 0,
-    max_new_tokens: int = 0,
-    logprobs: bool = False,
+    model: LanguageModel, prompts: list[list[int]], start_pos: int = 0, logprobs: bool = False
 ) -> tuple[torch.Tensor, list[list[float]]]:
     """Pass all prompts through the network at once, and so into its cache.
 
     Args:
         prompts: ids; rows may differ in length.
         start_pos: this many tokens of each prompt are in the cache already.
-        max_new_tokens: how many tokens will follow at most.
         logprobs: also score the prompts' own tokens; `start_pos` must be 0 then.
 
     Returns:
@@ -42,8 +37,6 @@ def prefill(
     padded = [prompt[start_pos:] + [0] * (longest - len(prompt)) for prompt in prompts]
     weight = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None  # None: not a module
     tokens = torch.tensor(padded, dtype=torch.long, device="cpu" if weight is None else weight.device)  # (batch, seq)
-    if isinstance(model, CachedModel) and min(map(len, prompts)) < longest:
-        model.setup_cache().clear(longest, longest + max_new_tokens)  # masked for shorter rows, but 0 x NaN is NaN
     head: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.float
     if isinstance(model, Transformer) and getattr(model.forward, "__func__", None) is Transformer.forward:
         hidden, head = model.hidden_states(tokens, start_pos), model.logits  # (batch, seq, dim)

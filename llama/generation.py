@@ -8,9 +8,10 @@
 returns piece by piece, as it comes.
 """
 
+import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TypedDict
@@ -174,7 +175,7 @@ class Llama:
         top_p: float = 0.9,
         logprobs: bool = False,
         **options: Unpack[SamplingOptions],
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """What `generate` returns, each token as it is sampled.
 
         Yields:
@@ -216,7 +217,7 @@ class Llama:
         max_gen_len: int | None = None,
         logprobs: bool = False,
         **options: Unpack[SamplingOptions],
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """What `text_completion` returns, piece by piece.
 
         Yields:
@@ -266,20 +267,21 @@ class Llama:
         max_gen_len: int | None = None,
         logprobs: bool = False,
         **options: Unpack[SamplingOptions],
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """What `chat_completion` returns, piece by piece: see `text_completion_stream`."""
         params = SamplingParams(self._max_gen_len(max_gen_len), temperature, top_p, logprobs, echo=False, **options)
         prompt_tokens, refusals = self._encode_dialogs(dialogs)
         answers = stream_batch(self.model, self.tokenizer, prompt_tokens, params, text=True)
 
-        def pieces() -> Iterator[Piece]:
+        def pieces() -> Generator[Piece, None, None]:
             refused = set()  # the rows whose refusal has been yielded
-            for piece in answers:
-                refusal = refusals[piece.row // params.num_return_sequences]
-                if refusal is not None:
-                    piece = piece._replace(text="" if piece.row in refused else refusal)
-                    refused.add(piece.row)
-                yield piece
+            with contextlib.closing(answers):
+                for piece in answers:
+                    refusal = refusals[piece.row // params.num_return_sequences]
+                    if refusal is not None:
+                        piece = piece._replace(text="" if piece.row in refused else refusal)
+                        refused.add(piece.row)
+                    yield piece
 
         return pieces()
 

@@ -117,13 +117,18 @@ def lock_of(model: Any) -> ModelLock:
         lock = getattr(model, "generation_lock", None)
         if not isinstance(lock, ModelLock):
             shared = dist.is_initialized() and model_parallel_size() > 1
-            lock = model.generation_lock = ModelLock(_group_queue if shared else None)
+            lock = ModelLock(_group_queue if shared else None)
+            try:
+                model.generation_lock = lock
+            except AttributeError:  # an object with __slots__: all of them share one lock
+                return _common_lock
         return lock
 
 
 _creating = threading.Lock()
 _queues: "weakref.WeakSet[CallQueue]" = weakref.WeakSet()
 _group_queue = CallQueue()
+_common_lock = ModelLock(_group_queue)
 # The locks of the models whose logits_processor the caller is, the outermost first. A stream's thread inherits them.
 _processing: ContextVar[tuple[ModelLock, ...]] = ContextVar("processing", default=())
 

@@ -11,7 +11,7 @@ import torch
 
 from llama.errors import InputError
 from llama.model_lock import lock_of
-from llama.protocols import CachedModel, LanguageModel, TextTokenizer
+from llama.protocols import LanguageModel, TextTokenizer
 
 LogitsProcessor = Callable[[list[list[int]], torch.Tensor], torch.Tensor]
 
@@ -151,9 +151,11 @@ def check_prompts(
 ) -> list[list[int]]:
     """The prompts as lists of ints; InputError if they, with the rows that `params` ask for, don't fit the model."""
     max_batch_size, max_seq_len = model.params.max_batch_size, model.params.max_seq_len
-    vocab_size = getattr(model.params, "vocab_size", getattr(tokenizer, "n_words", math.inf))
+    vocab_size = getattr(model.params, "vocab_size", -1)
+    if vocab_size == -1:
+        vocab_size = getattr(tokenizer, "n_words", math.inf)
     rows_per_prompt = max(params.num_return_sequences, params.num_beams)
-    if params.num_beams > 1 and not isinstance(model, CachedModel):
+    if params.num_beams > 1 and not callable(getattr(model, "setup_cache", None)):
         raise InputError(
             f"num_beams={params.num_beams} needs a model whose KV cache can be reordered, with `setup_cache`: see "
             f"llama.protocols.CachedModel"

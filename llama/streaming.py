@@ -6,7 +6,7 @@ still become one.
 
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextvars import copy_context
 from queue import SimpleQueue
 from typing import Literal, NamedTuple
@@ -171,7 +171,7 @@ class StreamEnd(NamedTuple):
     error: BaseException | None
 
 
-def produce_in_thread(lock: ModelLock, produce: Callable[..., Iterator[Piece]]) -> Iterator[Piece]:
+def produce_in_thread(lock: ModelLock, produce: Callable[..., Iterator[Piece]]) -> Generator[Piece, None, None]:
     """Yield what `produce` yields, produced in its turn by a thread of its own, as fast as that goes.
 
     Since production never waits for its consumer, no other call does. It begins when the first piece is asked for, and

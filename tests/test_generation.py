@@ -391,3 +391,13 @@ def test_memory_of_a_long_prompt_with_a_large_vocabulary(mode, limit):
     result = run_python("-c", MEMORY_SCRIPT, mode)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) < limit
+
+
+def test_a_model_that_leaves_its_vocabulary_to_the_tokenizer():
+    model = ScriptedModel()
+    model.params.vocab_size = -1  # the default of ModelArgs
+    tokenizer = ScriptedTokenizer(())
+    tokenizer.n_words = 9
+    assert Llama(model, tokenizer).generate([[3, 4]], 2, 0)[0] == [[5, 6]]
+    with pytest.raises(ValueError, match="prompt 0 holds 9, which is outside the vocabulary of 9 tokens"):
+        Llama(model, tokenizer).generate([[9]], 2, 0)

@@ -279,6 +279,21 @@ def test_calls_have_their_turns_in_order():
     assert lock.queue.calls == []
 
 
+def test_a_model_that_takes_no_attributes():
+    class Closed:
+        __slots__ = ("forward", "params")
+
+    models = [Closed(), Closed()]
+    for model in models:
+        script = ScriptedModel()
+        model.forward, model.params = script.forward, script.params
+    llamas = [Llama(model, ScriptedTokenizer(())) for model in models]
+    assert [piece.token for piece in llamas[0].generate_stream([[5]], 3, 0)] == [6, 7, 8]
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda llama: llama.generate([[5]], 3, 0)[0], llamas))
+    assert answers == [[[6, 7, 8]]] * 2
+
+
 def test_copies_have_locks_of_their_own(llama):
     lock = lock_of(llama.model)
     with lock.turn():
