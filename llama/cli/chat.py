@@ -8,7 +8,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -21,7 +21,6 @@ from llama.errors import InputError
 from llama.files import require_path, writable_file, write_whole
 from llama.generation import Llama
 from llama.sampling_params import SamplingParams
-from llama.streaming import Piece
 
 # Tokens of the context that are kept free for an answer; a quarter of the context if that is less.
 RESERVED_FOR_ANSWER = 256
@@ -122,11 +121,8 @@ def answer(
     """
     text, n_tokens, ended = "", 0, "interrupted"
     begin = time.monotonic()
-    stream = cast(
-        Generator[Piece, None, None],
-        llama.chat_completion_stream(
-            [request.dialog], request.temperature, request.top_p, request.max_gen_len, reuse_cache=True
-        ),
+    stream = llama.chat_completion_stream(
+        [request.dialog], request.temperature, request.top_p, request.max_gen_len, reuse_cache=True
     )
     # Ctrl-C raises KeyboardInterrupt where standard input is not a terminal, and on Windows. The stream is closed at
     # once, even if an error is raised, because the other processes wait for that before they take the next request.
