@@ -5,12 +5,13 @@ from pathlib import Path
 import torch
 
 from llama.chat_format import ChatFormat, ChatMLFormat, Llama2Format, Llama3Format
-from llama.checkpoint import Settings, open_checkpoint, read_settings
-from llama.checkpoint.memory import LLAMA2_VOCAB_SIZE, footprint, free_host_memory
+from llama.checkpoint import Checkpoint, open_checkpoint, parameter_count, read_settings
+from llama.checkpoint.memory import LLAMA2_VOCAB_SIZE, cache_bytes, free_host_memory, weight_bytes
 from llama.default_model import default_checkpoint
 from llama.device import default_dtype, dtype_name, dtype_named
 from llama.errors import InputError, MissingFileError
 from llama.files import require_path
+from llama.model_args import ModelArgs
 from llama.sampling_params import check_number
 from llama.tokenizer import Tokenizer
 
@@ -47,21 +48,25 @@ def info(
         check_number(name, count, 1, integer=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch_dtype = dtype_named(dtype) or default_dtype(device)
-    settings = read_settings(path)
-    sizes = footprint(
-        path, max_seq_len=max_seq_len, max_batch_size=max_batch_size, dtype=torch_dtype, model_parallel_size=nproc
-    )
-    total_bytes = sizes.weight_bytes + sizes.cache_bytes
-    lines = {"checkpoint": str(path), "layout": describe_layout(path)} | describe_model(settings)
-    lines |= {"parameters": f"{sizes.parameters:,}"} | describe_tokenizer(find_tokenizer(path, tokenizer_path))
+    # A GGUF file is opened only once, since that takes seconds. Other layouts have their settings in a small file.
+    has_settings_file = any((path / name).is_file() for name in ("params.json", "config.json"))
+    checkpoint = None if has_settings_file else open_checkpoint(path)
+    settings = read_settings(path) if checkpoint is None else checkpoint.settings
+    vocab_size = settings.params.get("vocab_size", -1)
+    args = settings.model_args(LLAMA2_VOCAB_SIZE if vocab_size == -1 else vocab_size, max_seq_len, max_batch_size)
+    args.check(nproc)
+    tokenizer = find_tokenizer(path, checkpoint, tokenizer_path)
+    weights, cache = weight_bytes(args, torch_dtype, nproc), cache_bytes(args, torch_dtype, nproc)
+    lines = {"checkpoint": str(path), "layout": describe_layout(path)} | describe_model(args, settings.advised_seq_len)
+    lines |= {"parameters": f"{parameter_count(args):,}"} | describe_tokenizer(tokenizer)
     lines |= {
         "": "",
         "memory": f"{dtype_name(torch_dtype)}, max_seq_len={max_seq_len}, max_batch_size={max_batch_size}"
         + (f", on each of {nproc} processes" if nproc > 1 else ""),
-        "  weights": format_bytes(sizes.weight_bytes),
-        "  KV cache": format_bytes(sizes.cache_bytes),
-        "  total": format_bytes(total_bytes),
-        "this machine": describe_machine(device, total_bytes, nproc),
+        "  weights": format_bytes(weights),
+        "  KV cache": format_bytes(cache),
+        "  total": format_bytes(weights + cache),
+        "this machine": describe_machine(device, weights + cache, nproc),
     }
     for name, value in lines.items():
         print(f"{name:14}{value}".rstrip())
@@ -76,14 +81,12 @@ def describe_layout(path: Path) -> str:
     return "GGUF"
 
 
-def describe_model(settings: Settings) -> dict[str, str]:
+def describe_model(args: ModelArgs, advised_seq_len: int | None) -> dict[str, str]:
     """Describe a network: its family, sizes and context, by the names of the output's lines."""
-    vocab_size = settings.params.get("vocab_size", -1)
-    args = settings.model_args(LLAMA2_VOCAB_SIZE if vocab_size == -1 else vocab_size, 1, 1)
     family = {LLAMA2_VOCAB_SIZE: "Llama 2", LLAMA3_VOCAB_SIZE: "Llama 3"}.get(args.vocab_size, "Llama architecture")
     if args.use_scaled_rope and args.vocab_size == LLAMA3_VOCAB_SIZE:
         family = "Llama 3.1 or later"
-    max_seq_len = args.max_position_embeddings or settings.advised_seq_len
+    max_seq_len = args.max_position_embeddings or advised_seq_len
     context = f"{max_seq_len:,} tokens" if max_seq_len else "not specified"
     scaling = f", scaled by {args.rope_scaling_factor:g}" if args.use_scaled_rope else ""
     return {
@@ -95,12 +98,18 @@ def describe_model(settings: Settings) -> dict[str, str]:
     }
 
 
-def find_tokenizer(path: Path, tokenizer_path: str | None) -> Tokenizer | None:
-    """Return the tokenizer at `tokenizer_path`, or else the checkpoint's own, or None where there is none."""
+def find_tokenizer(path: Path, checkpoint: Checkpoint | None, tokenizer_path: str | None) -> Tokenizer | None:
+    """Return the tokenizer at `tokenizer_path`, or else the checkpoint's own, or None where there is none.
+
+    Args:
+        path: the checkpoint's folder or file.
+        checkpoint: the checkpoint, if it is already open.
+        tokenizer_path: the tokenizer file, if one was given.
+    """
     if tokenizer_path is not None:
         return Tokenizer(tokenizer_path)
     try:
-        return open_checkpoint(path).tokenizer()
+        return (checkpoint or open_checkpoint(path)).tokenizer()
     except MissingFileError:  # of the tokenizer; or of the weights, and then there may still be a tokenizer
         files = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
         return Tokenizer(files[0]) if files else None
