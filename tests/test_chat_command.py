@@ -6,10 +6,8 @@ import re
 import signal
 import subprocess
 import sys
-import termios
 import time
 
-import pexpect
 import pytest
 import torch
 from conftest import ROOT, tiny_model, write_llama2_tokenizer, write_llama3_tokenizer, write_meta_checkpoint
@@ -41,9 +39,11 @@ def endless(tmp_path_factory):
 
 
 class Terminal:
-    """`llama chat` at a pseudo-terminal."""
+    """`llama chat` at a pseudo-terminal, which Windows does not have."""
 
     def __init__(self, command, *options):
+        import pexpect
+
         environment = os.environ | {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", "OMP_NUM_THREADS": "1"}
         self.process = pexpect.spawn(
             command[0],
@@ -75,9 +75,14 @@ class Terminal:
     def leave(self, keys: str = "/quit\r") -> int:
         """Leave the conversation; return the exit code."""
         self.process.send(keys)
-        self.process.expect(pexpect.EOF)
+        self.wait_for_end()
         self.process.close()
         return self.process.exitstatus
+
+    def wait_for_end(self) -> None:
+        import pexpect
+
+        self.process.expect(pexpect.EOF)
 
 
 @pytest.mark.slow
@@ -152,12 +157,14 @@ def test_keys_during_an_answer_begin_the_next_message(endless):
 @pytest.mark.slow
 @pytest.mark.parametrize("answering", [False, True])
 def test_the_terminal_is_restored_when_the_program_is_terminated(endless, answering):
+    import termios
+
     terminal = Terminal(ALONE, "--ckpt_dir", endless, "--temperature", 0, "--max_seq_len", 8000)
     before = termios.tcgetattr(os.openpty()[1])
     if answering:
         terminal.begin("the user")
     terminal.process.kill(signal.SIGTERM)
-    terminal.process.expect(pexpect.EOF)
+    terminal.wait_for_end()
     after = termios.tcgetattr(terminal.process.child_fd)
     flags = termios.ECHO | termios.ICANON | termios.ISIG
     assert (after[3] & flags, after[6][termios.VINTR]) == (before[3] & flags | flags, before[6][termios.VINTR])
