@@ -22,7 +22,7 @@ NATIVE_ROWS = 2  # in 16 bits: up to this many rows torch's own kernels are fast
 NATIVE_IS_FAST = torch.__version__ >= "2.7"  # (compared as a version) before, they were slower than oneDNN
 
 # glibc returns freed memory to the system at once, so that each new tensor costs page faults (a tenth of a prefill of
-# 512 tokens), until a large block has been freed: that raises its limits. (This one is never touched, so it takes none.)
+# 512 tokens), until a large block has been freed: that raises its limits. This one is never touched, so it takes none.
 torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
 
