@@ -89,6 +89,8 @@ def on_cuda(dtype: torch.dtype) -> Transformer:
 @contextlib.contextmanager
 def fake_cuda():
     built = torch.backends.cuda.is_built()
+    if built and not torch.cuda.is_available() and torch.__version__ < "2.14":
+        pytest.skip("this CUDA build of torch needs a driver even for fake tensors; its CPU build and newer ones don't")
     with FakeTensorMode(), contextlib.nullcontext() if built else WithoutCUDABuild(), KnownValues():
         yield
 
