@@ -68,5 +68,6 @@ class KVCache:
 
     def clear(self, start: int, end: int) -> None:
         """Set positions from `start` to `end` to zeros."""
+        self.tokens = []
         self.keys[..., start:end, :] = 0
         self.values[..., start:end, :] = 0
