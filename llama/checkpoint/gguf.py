@@ -8,12 +8,11 @@ from typing import Any
 import gguf
 import torch
 from gguf import GGMLQuantizationType as Quantization
-from gguf import ReaderTensor
 
 from llama.checkpoint.base import Checkpoint, Settings
 from llama.checkpoint.parameters import network_name
 from llama.errors import CheckpointError
-from llama.gguf_file import GGUFFile
+from llama.gguf_file import GGUFFile, GGUFTensor
 from llama.model import precompute_freqs_cis
 from llama.tokenizer import Tokenizer
 
@@ -49,12 +48,12 @@ class GGUFCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = GGUFFile(path)
-        tensors: dict[str, ReaderTensor] = dict(self._file.tensors)
+        tensors = dict(self._file.tensors)
         rope_divisors = tensors.pop(ROPE_DIVISORS, None)
         self._tensors = {network_name(name, "blk.", NAMES): tensor for name, tensor in tensors.items()}
         self.settings = Settings(path, self._read_params(rope_divisors))
 
-    def _read_params(self, rope_divisors: ReaderTensor | None) -> dict[str, Any]:
+    def _read_params(self, rope_divisors: GGUFTensor | None) -> dict[str, Any]:
         """The `ModelArgs` fields in the metadata.
 
         Raises:
@@ -104,28 +103,28 @@ class GGUFCheckpoint(Checkpoint):
                 )
         return params
 
-    def _check_divisors(self, tensor: ReaderTensor) -> tuple[float, ...]:
+    def _check_divisors(self, tensor: GGUFTensor) -> tuple[float, ...]:
         """The divisors of the rotary frequencies (Llama 3.1 and later) as numbers."""
-        if tensor.tensor_type != Quantization.F32 or len(tensor.shape) != 1:
+        if tensor.kind != Quantization.F32 or len(tensor.shape) != 1:
             raise CheckpointError(f"{self.path}: {ROPE_DIVISORS} must be one-dimensional and float32")
         return tuple(tensor.data.tolist())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         # GGUF stores shapes in the reverse order, the contiguous axis first.
-        return {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
+        return {name: tensor.shape[::-1] for name, tensor in self._tensors.items()}
 
     def dtypes(self) -> Iterable[torch.dtype]:
-        return (UNQUANTIZED.get(tensor.tensor_type, torch.float32) for tensor in self._tensors.values())
+        return (UNQUANTIZED.get(tensor.kind, torch.float32) for tensor in self._tensors.values())
 
     def read(self, name: str, axis: int | None, start: int, stop: int) -> torch.Tensor:
         tensor = self._tensors[name]
-        data, kind = tensor.data, tensor.tensor_type  # data: (rows, items of a row), stored numbers or bytes of blocks
+        data, kind = tensor.data, tensor.kind  # data: (rows, items of a row), stored numbers or bytes of blocks
         if axis == 0:
             data = data[start:stop]
         if axis == 1:
             # A row consists of blocks: dequantize those that overlap the slice, then cut it out of them.
             block = gguf.GGML_QUANT_SIZES[kind][0]  # features per block
-            items_per_block = data.shape[1] // (int(tensor.shape[0]) // block)
+            items_per_block = data.shape[1] // (tensor.shape[0] // block)
             first_block, end_block = start // block, -(-stop // block)
             data = data[:, first_block * items_per_block : end_block * items_per_block]
             start, stop = start - first_block * block, stop - first_block * block
