@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llama.files import first_bytes, require_path
 from llama.gguf_file import GGUFFile
+from llama.vocab.added_tokens import AddedToken
 from llama.vocab.byte_pair_tokenizer import BytePairTokenizer
 from llama.vocab.gguf_vocabulary import read_gguf_vocabulary
 from llama.vocab.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -15,7 +16,7 @@ from llama.vocab.tiktoken_file import is_tiktoken_file, read_tiktoken_file
 from llama.vocab.tokenizer_json import read_tokenizer_json
 from llama.vocab.vocabulary import Vocabulary
 
-__all__ = ["BytePairTokenizer", "SentencePieceTokenizer", "Vocabulary", "open_vocabulary"]
+__all__ = ["AddedToken", "BytePairTokenizer", "SentencePieceTokenizer", "Vocabulary", "open_vocabulary"]
 
 
 def open_vocabulary(model_path: str | Path | GGUFFile) -> BytePairTokenizer | SentencePieceTokenizer:

@@ -2,14 +2,14 @@
 
 import heapq
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import regex
 import tiktoken
 
-from llama.errors import CheckpointError, InputError
+from llama.errors import CheckpointError
+from llama.vocab.added_tokens import AddedTokenSplitter, Names, names_to_recognise
 from llama.vocab.vocabulary import Vocabulary
 
 # tiktoken's regular expression engine fails on much longer texts, and on much longer runs of spaces or non-spaces.
@@ -36,9 +36,13 @@ class BytePairTokenizer:
         self.vocabulary = vocabulary
         self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
         self.stop_tokens, self.special_tokens = vocabulary.stop_tokens, vocabulary.special_tokens
-        self.add_bos, self.chat_template = vocabulary.add_bos, vocabulary.chat_template
-        self._ids = {*vocabulary.ranks.values(), *vocabulary.special_tokens.values()}
-        self.n_words = 1 + max(self._ids)
+        self.added_tokens, self.template_tokens = vocabulary.added_tokens, vocabulary.template_tokens
+        self.add_bos = vocabulary.add_bos
+        self.chat_template, self.chat_template_source = vocabulary.chat_template, vocabulary.chat_template_source
+        self._splitter = AddedTokenSplitter(vocabulary.added_tokens)
+        self._bytes = {i: token for token, i in vocabulary.ranks.items()}
+        self._bytes |= {token.id: token.content.encode() for token in vocabulary.added_tokens}
+        self.n_words = 1 + max(self._bytes)
         try:
             self._pattern = regex.compile(vocabulary.pattern)
             self.model = tiktoken.Encoding(
@@ -56,10 +60,8 @@ class BytePairTokenizer:
         # would panic.
         self._bytes_without_token = bytes(byte for byte in range(256) if bytes([byte]) not in vocabulary.ranks)
 
-    def encode(
-        self, text: str, allowed: Literal["all"] | Collection[str], disallowed: Literal["all"] | Collection[str]
-    ) -> list[int]:
-        """Token ids of a text.
+    def encode(self, text: str, allowed: Names, disallowed: Names) -> list[int]:
+        """Token ids of a text, in which added tokens that aren't special are recognised.
 
         Args:
             text: the text, without lone surrogates.
@@ -69,45 +71,51 @@ class BytePairTokenizer:
         Raises:
             InputError: the text contains what `disallowed` forbids.
         """
-        special = set(self.special_tokens)
-        allowed_special = special if allowed == "all" else special & set(allowed)
-        for name in special - allowed_special if disallowed == "all" else disallowed:
-            if name in text:
-                raise InputError(f"the text contains {name!r}, which disallowed_special forbids")
-        encoded = text.encode()
-        if len(encoded.translate(None, self._bytes_without_token)) < len(encoded):
-            return self._encode_without_missing_bytes(text, allowed_special)
-        ids: list[int] = []
-        for piece in split_long(text):
-            ids += self.model.encode(piece, allowed_special=allowed_special, disallowed_special=())
-        return ids
+        return self.encode_parts(self.split(text, names_to_recognise(self.added_tokens, text, allowed, disallowed)))
 
-    def _encode_without_missing_bytes(self, text: str, allowed_special: set[str]) -> list[int]:
-        """Encode a text, dropping the bytes without a token.
+    def split(self, text: str, names: Names) -> list[str | int]:
+        """The text cut at the added tokens with these contents: see `AddedTokenSplitter.split`."""
+        return self._splitter.split(text, names)
 
-        The text is split into pieces with these bytes in place; within a piece their neighbours merge as if they
-        weren't there. What is left may not be UTF-8, and tiktoken takes strings only, so `merge_byte_pairs` encodes it.
+    def encode_parts(self, parts: Sequence[str | int], continued: bool = False) -> list[int]:
+        """Token ids of texts, in which no added token is recognised, and of token ids, which stay as they are.
+
+        Args:
+            parts: texts, without lone surrogates, and token ids.
+            continued: makes no difference to a byte-pair vocabulary.
         """
         ids: list[int] = []
-        names = "|".join(re.escape(name) for name in sorted(allowed_special, key=len, reverse=True))
-        for part in re.split(f"({names})", text) if names else [text]:
-            if part in allowed_special:
-                ids.append(self.special_tokens[part])
+        for part in parts:
+            ids += [part] if isinstance(part, int) else self._encode_text(part)
+        return ids
+
+    def _encode_text(self, text: str) -> list[int]:
+        """Token ids of a text in which no added token is recognised.
+
+        Where it has bytes without a token, it is split into pieces with these bytes in place; within a piece their
+        neighbours merge as if they weren't there. What is left may not be UTF-8, and tiktoken takes strings only, so
+        `merge_byte_pairs` encodes it.
+        """
+        ids: list[int] = []
+        encoded = text.encode()
+        lacks_token = len(encoded.translate(None, self._bytes_without_token)) < len(encoded)
+        for segment in split_long(text):
+            if not lacks_token:
+                ids += self.model.encode_ordinary(segment)
                 continue
-            for segment in split_long(part):
-                for piece in self._pattern.findall(segment):
-                    ids += merge_byte_pairs(
-                        piece.encode().translate(None, self._bytes_without_token), self.vocabulary.ranks
-                    )
+            for piece in self._pattern.findall(segment):
+                ids += merge_byte_pairs(
+                    piece.encode().translate(None, self._bytes_without_token), self.vocabulary.ranks
+                )
         return ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids; ids without a token are skipped."""
-        return self.model.decode([i for i in ids if i in self._ids])
+        return b"".join(self._bytes.get(i, b"") for i in ids).decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes | None:
-        """The bytes that one token stands for; of a special token, its name; None for an id without a token."""
-        return self.model.decode_single_token_bytes(token) if token in self._ids else None
+        """The bytes that one token stands for; of an added token, its content; None for an id without a token."""
+        return self._bytes.get(token)
 
 
 def merge_byte_pairs(piece: bytes, ranks: Mapping[bytes, int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from llama.errors import CheckpointError
 from llama.gguf_file import GGUFFile
+from llama.vocab.added_tokens import AddedToken
 from llama.vocab.vocabulary import (
     END_TOKENS,
     GPT2_PATTERN,
@@ -57,13 +58,15 @@ def read_gguf_vocabulary(file: GGUFFile) -> Vocabulary:
     bos_id = file.get("tokenizer.ggml.bos_token_id", int, None)
     if not all(0 <= i < len(tokens) for i in (*stop_tokens, bos_id or 0)):
         raise CheckpointError(f"{path}: bos {bos_id} or eos {eos_id} is not one of the {len(tokens)} tokens")
+    chat_template = file.get("tokenizer.chat_template", str, None)
     return Vocabulary(
         ranks,
-        special,
+        tuple(AddedToken(token, i, special=types[i] != USER_DEFINED) for token, i in special.items()),
         PATTERNS[pre],
         bos_id=bos_id,
         eos_id=eos_id,
         stop_tokens=stop_tokens,
         add_bos=file.get("tokenizer.ggml.add_bos_token", bool, PATTERNS[pre] == LLAMA3_PATTERN),
-        chat_template=file.get("tokenizer.chat_template", str, None),
+        chat_template=chat_template,
+        chat_template_source=None if chat_template is None else "tokenizer.chat_template",
     )

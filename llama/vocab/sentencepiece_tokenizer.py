@@ -1,12 +1,12 @@
 """Llama 2's tokenizer, by sentencepiece."""
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from sentencepiece import SentencePieceProcessor
 
 from llama.errors import CheckpointError, InputError
+from llama.vocab.added_tokens import AddedToken, AddedTokenSplitter, Names
 
 
 class SentencePieceTokenizer:
@@ -29,12 +29,26 @@ class SentencePieceTokenizer:
         self.eos_id: int = self.model.eos_id()
         self.stop_tokens = {self.eos_id}
         self.special_tokens: dict[str, int] = {}
-        self.add_bos, self.chat_template = True, None
+        self.added_tokens: tuple[AddedToken, ...] = ()
+        self.add_bos = True
+        self.chat_template: str | None = None
+        self.chat_template_source: str | None = None
+        self.template_tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         self.vocabulary = None
+        self._splitter = AddedTokenSplitter(self.added_tokens)
 
-    def encode(
-        self, text: str, allowed: Literal["all"] | Collection[str], disallowed: Literal["all"] | Collection[str]
-    ) -> list[int]:
+    def split(self, text: str, names: Names) -> list[str | int]:
+        """The text cut at the added tokens with these contents: see `AddedTokenSplitter.split`."""
+        return self._splitter.split(text, names)
+
+    def encode_parts(self, parts: Sequence[str | int], continued: bool = False) -> list[int]:
+        """Token ids of texts, in which no added token is recognised, and of token ids, which stay as they are."""
+        ids: list[int] = []
+        for part in parts:
+            ids += [part] if isinstance(part, int) else self.model.encode(part)
+        return ids
+
+    def encode(self, text: str, allowed: Names, disallowed: Names) -> list[int]:
         """Token ids of a text; `allowed` and `disallowed` must be empty, since sentencepiece has no such notion."""
         if allowed or disallowed:
             raise InputError("allowed_special and disallowed_special don't apply to a sentencepiece vocabulary")

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from llama.errors import CheckpointError
+from llama.vocab.added_tokens import AddedToken
 from llama.vocab.vocabulary import LLAMA3_PATTERN, Vocabulary
 
 # The file doesn't list them: they follow its ranks, in this order.
@@ -55,11 +56,12 @@ def read_tiktoken_file(path: Path) -> Vocabulary:
     special = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL_TOKENS)}
     return Vocabulary(
         ranks,
-        special,
+        tuple(AddedToken(name, i) for name, i in special.items()),
         LLAMA3_PATTERN,
         bos_id=special["<|begin_of_text|>"],
         eos_id=special["<|end_of_text|>"],
         stop_tokens={special["<|end_of_text|>"], special["<|eot_id|>"]},
+        template_tokens={"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from llama.errors import CheckpointError
 from llama.files import Metadata, read_json, write_json
+from llama.vocab.added_tokens import AddedToken
 from llama.vocab.tokenizer_config import (
     EOS_FILES,
     read_add_bos,
@@ -53,7 +54,7 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
         )
     return Vocabulary(
         ranks,
-        special,
+        tuple(AddedToken(name, i) for name, i in special.items()),
         _split_pattern(file.values.get("pre_tokenizer"), path),
         bos_id=bos_id,
         eos_id=eos_id,

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llama.errors import CheckpointError
+from llama.vocab.added_tokens import AddedToken
 
 # Patterns that split a text into the pieces that byte pairs are merged within.
 LLAMA3_PATTERN = (
@@ -23,23 +24,32 @@ class Vocabulary:
 
     Attributes:
         ranks: the bytes of each ordinary token -> its id, which is its merging priority as well.
-        special_tokens: the name of each special token -> its id.
+        added_tokens: the tokens that are recognised before the rest of a text is encoded.
         pattern: the regular expression that splits a text into the pieces that byte pairs are merged within.
         bos_id: the token that begins a text, or None.
         eos_id: the token that ends a text.
         stop_tokens: the tokens at which generation ends.
         add_bos: whether a text to complete begins with BOS.
         chat_template: the Jinja template of the model's chat format, or None.
+        chat_template_source: the name of the file, or of the GGUF field, that the template is from.
+        template_tokens: the tokens that chat templates know by name, as `bos_token` -> its text.
     """
 
     ranks: dict[bytes, int]
-    special_tokens: dict[str, int]
+    added_tokens: tuple[AddedToken, ...]
     pattern: str
     bos_id: int | None
     eos_id: int
     stop_tokens: set[int]
     add_bos: bool = True
     chat_template: str | None = field(default=None, repr=False)
+    chat_template_source: str | None = None
+    template_tokens: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The content of each special added token -> its id."""
+        return {token.content: token.id for token in self.added_tokens if token.special}
 
 
 def byte_level_ranks(
