@@ -64,16 +64,17 @@ class AddedTokenSplitter:
         the others have left.
         """
         wanted = self._tokens.keys() if names == "all" else self._tokens.keys() & set(names)
+        normalized = {name for name in wanted if self._tokens[name].normalized}
         parts: list[str | int] = []
-        for part in self._split(text, {name for name in wanted if not self._tokens[name].normalized}):
-            parts += [part] if isinstance(part, int) else self._split(part, wanted)
+        for part in self._split(text, wanted - normalized):
+            parts += [part] if isinstance(part, int) else self._split(part, normalized)
         return parts
 
     def _split(self, text: str, wanted: Collection[str]) -> list[str | int]:
         """The text cut at the wanted tokens, the leftmost first and then the longest."""
         parts: list[str | int] = []
         search_from = done = 0  # what has been searched, and what is in `parts`: white space is taken but searched
-        while match := self._first_character.search(text, search_from):
+        while wanted and (match := self._first_character.search(text, search_from)):
             start = match.start()
             candidates = (text[start : start + length] for length in self._lengths[text[start]])
             content = next((candidate for candidate in candidates if candidate in wanted), None)
