@@ -1,17 +1,22 @@
-"""GGUF files: every kind of quantization, rope scaling, and refusing damaged and unsupported files."""
+"""GGUF files: every kind of quantization, rope scaling, split models, and refusing damaged and unsupported files."""
 
+import functools
 import math
+import shutil
 import struct
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import cut, load, same_weights, tiny_model, write_gguf, write_llama2_tokenizer
+from conftest import cut, hugging_face_twin, load, same_weights, tiny_model, write_gguf, write_llama2_tokenizer
+from run_command import Runner
 
+import llama.checkpoint.gguf
 from llama import Llama
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.gguf import GGUFCheckpoint
+from llama.errors import CheckpointError
 from llama.gguf_file import GGUFFile
 
 
@@ -51,7 +56,11 @@ UNSUPPORTED = {
     "another architecture": ({"architecture": "qwen2"}, "architecture 'qwen2'; only 'llama'"),
     "experts": ({"llama.expert_count": 8}, r"experts: 8, and this network knows only \[0\]"),
     "rope scaling": ({"llama.rope.scaling.type": "yarn"}, "rope scaling: 'yarn', and"),
-    "one of several parts": ({"split.count": 3}, r"files it is split into: 3, and"),
+    "one of several parts": (
+        {"split.count": 3},
+        r"is one of a model's 3 files: name it NAME-00001-of-00003\.gguf",
+    ),
+    "a negative number of parts": ({"split.count": 2**32 - 3}, "is one of a model's 4294967293 files"),
     "value heads of another size": ({"llama.attention.value_length": 16}, "features per value head: 16, and"),
     "rope on half of a head": (
         {"llama.rope.dimension_count": 16},
@@ -212,6 +221,110 @@ def test_several_gguf_files(tmp_path):
         write_gguf(tmp_path / name, tiny_model())
     with pytest.raises(ValueError, match=r"holds 2 GGUF files; pass one of them: a\.gguf, b\.gguf"):
         Llama.build(tmp_path, None, 32, 1)
+
+
+@pytest.fixture
+def split(tmp_path, monkeypatch):
+    """Writes a tiny model over GGUF files of at most 7 tensors each, 20 in all; the first may hold metadata only."""
+
+    def write_split(name="model", small_first_shard=False):
+        writer = functools.partial(gguf.GGUFWriter, split_max_tensors=7, small_first_shard=small_first_shard)
+        folder = tmp_path / "split"
+        folder.mkdir(exist_ok=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(gguf, "GGUFWriter", writer)
+            write_gguf(folder / f"{name}.gguf", tiny_model(tie_embeddings=True))
+        return sorted(folder.glob(f"{name}-*.gguf"))
+
+    return write_split
+
+
+@pytest.mark.parametrize("small_first_shard", [False, True])
+def test_a_model_split_over_files(tmp_path, split, monkeypatch, capsys, small_first_shard):
+    files = split(small_first_shard=small_first_shard)
+    assert len(files) == 3 + small_first_shard
+    tokens = torch.randint(320, (2, 64), generator=torch.Generator().manual_seed(0))
+    unsplit = write_gguf(tmp_path / "unsplit.gguf", tiny_model(tie_embeddings=True))
+    with torch.no_grad():
+        expected = load(unsplit).forward(tokens, 0)
+        for ckpt_dir in (files[0], files[-1], files[0].parent):
+            assert torch.equal(load(ckpt_dir).forward(tokens, 0), expected)
+        twin = hugging_face_twin(tiny_model(tie_embeddings=True))
+        assert torch.allclose(expected, twin(tokens).logits, rtol=0, atol=1e-4)
+    runner = Runner(monkeypatch, capsys)
+    described = [runner.llama("info", path, "--max_seq_len", 64).stdout.splitlines() for path in (unsplit, files[1])]
+    assert described[0][1:7] == described[1][1:7]  # all but the file's name and the free memory
+    assert described[0][6].startswith("tokenizer ")
+    assert runner.llama("convert", files[0].parent, tmp_path / "converted", "--layout", "hf").returncode == 0
+    assert same_weights(load(tmp_path / "converted"), load(unsplit))
+
+
+def test_each_file_of_a_split_model_is_opened_once(split, monkeypatch):
+    opened = []
+
+    class Recorder(GGUFFile):
+        def __init__(self, path):
+            opened.append(path)
+            super().__init__(path)
+
+    files = split()
+    monkeypatch.setattr(llama.checkpoint.gguf, "GGUFFile", Recorder)
+    open_checkpoint(files[0].parent).tokenizer()
+    assert opened == files
+
+
+def test_missing_files_of_a_split_model_are_named(split):
+    files = split()
+    files[1].unlink()
+    for ckpt_dir in (files[2], files[0].parent):
+        with pytest.raises(FileNotFoundError, match=r"one of a model's 3 files, .* lacks model-00002-of-00003\.gguf$"):
+            open_checkpoint(ckpt_dir)
+
+
+INT32 = struct.pack("<I", gguf.GGUFValueType.INT32)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"split.no", b"split.on", r"00002-of-00003\.gguf lacks 'split\.no'"),
+        (b"split.count", b"split.cnuot", r"00002-of-00003\.gguf lacks 'split\.count'"),
+        (b"blk.0.ffn_up.weight", b"blk.0.attn_q.weight", r"hold 20 tensors \(19 different\), and .* is 20"),
+    ],
+)
+def test_files_of_a_split_model_must_belong_together(split, old, new, message):
+    first, second, _ = split()
+    second.write_bytes(second.read_bytes().replace(old, new))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(first)
+
+
+def test_the_order_and_number_of_the_files_of_a_split_model(split):
+    _, second, third = split()
+    intact = second.read_bytes()
+    shutil.copy(third, second)
+    with pytest.raises(CheckpointError, match=r"00002-of-00003\.gguf: .* are \(2, 3\), and should be \(1, 3\)"):
+        open_checkpoint(third)
+    second.write_bytes(intact)
+    first, *_ = split("other", small_first_shard=True)
+    shutil.copy(first, second)
+    with pytest.raises(CheckpointError, match=r"00002-of-00003\.gguf: .* are \(0, 4\), and should be \(1, 3\)"):
+        open_checkpoint(third)
+
+
+def test_the_number_of_tensors_of_a_split_model(split):
+    first = split()[0]
+    key = b"split.tensors.count" + INT32
+    first.write_bytes(first.read_bytes().replace(key + struct.pack("<I", 20), key + struct.pack("<I", 21)))
+    with pytest.raises(CheckpointError, match=r"hold 20 tensors \(20 different\), and split\.tensors\.count is 21"):
+        open_checkpoint(first)
+
+
+def test_split_models_are_told_apart_from_several(split):
+    split()
+    folder = split("other")[0].parent
+    with pytest.raises(ValueError, match=r"holds 6 GGUF files; pass one of them: model-00001-of-00003\.gguf, "):
+        open_checkpoint(folder)
 
 
 def test_llama2_tokenizer_given_for_a_gguf(tmp_path):

@@ -140,6 +140,10 @@ DAMAGED = {
     "2**60 strings": (gguf_bytes([pair("a", ARRAY, array(STRING, 2**60))]), f"{2**60} values are said to follow"),
     "2**60 numbers": (gguf_bytes([pair("a", ARRAY, array(UINT8, 2**60))]), f"{2**60} values are said to follow"),
     "a string of 2**64 - 1": (gguf_bytes([pair("a", STRING, b"\xff" * 8)]), "the string at byte 37 is longer"),
+    "nothing after the first of two strings": (
+        gguf_bytes([pair("a", ARRAY, array(STRING, 2, text("12345678")))], data=b"").rstrip(b"\0"),
+        r"the string at byte 65 is longer than the file: 0 bytes",
+    ),
     "an unknown type": (gguf_bytes([pair("a", 13, bytes(8))]), "13 is not a valid GGUFValueType"),
     "an unknown type of items": (gguf_bytes([pair("a", ARRAY, array(99, 1))]), "99 is not a valid GGUFValueType"),
     "an array of arrays": (gguf_bytes([pair("a", ARRAY, array(ARRAY, 1))]), "'a' is an array of arrays"),

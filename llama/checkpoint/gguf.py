@@ -1,6 +1,7 @@
-"""llama.cpp's layout: one `*.gguf` file, quantized or not, with the tokenizer inside."""
+"""llama.cpp's layout: a `*.gguf` file, or several that a model is split over; quantized or not, with the tokenizer."""
 
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from gguf import GGMLQuantizationType as Quantization
 
 from llama.checkpoint.base import Checkpoint, Settings
 from llama.checkpoint.parameters import network_name
-from llama.errors import CheckpointError
+from llama.errors import CheckpointError, MissingFileError
 from llama.gguf_file import GGUFFile, GGUFTensor
 from llama.model import precompute_freqs_cis
 from llama.tokenizer import Tokenizer
@@ -43,15 +44,16 @@ UNQUANTIZED = {
 
 
 class GGUFCheckpoint(Checkpoint):
-    """A `*.gguf` file."""
+    """A `*.gguf` file; of a model that is split over several, any of them."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = GGUFFile(path)
-        tensors = dict(self._file.tensors)
+        parts = open_parts(GGUFFile(path))
+        self._file = parts[0]  # the one with the model's metadata
+        self.path = self._file.path
+        tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
         rope_divisors = tensors.pop(ROPE_DIVISORS, None)
         self._tensors = {network_name(name, "blk.", NAMES): tensor for name, tensor in tensors.items()}
-        self.settings = Settings(path, self._read_params(rope_divisors))
+        self.settings = Settings(self.path, self._read_params(rope_divisors))
 
     def _read_params(self, rope_divisors: GGUFTensor | None) -> dict[str, Any]:
         """The `ModelArgs` fields in the metadata.
@@ -95,7 +97,6 @@ class GGUFCheckpoint(Checkpoint):
             ("rotated features per head", get("llama.rope.dimension_count", int, head_size), (head_size,)),
             ("features per value head", get("llama.attention.value_length", int, head_size), (head_size,)),
             ("experts", get("llama.expert_count", int, 0), (0,)),
-            ("files it is split into", get("split.count", int, 0), (0, 1)),
         ):
             if value not in supported:
                 raise CheckpointError(
@@ -139,6 +140,50 @@ class GGUFCheckpoint(Checkpoint):
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self._file)
+
+
+def open_parts(file: GGUFFile) -> list[GGUFFile]:
+    """All the files that a model is split over, as llama.cpp's `gguf-split` writes them.
+
+    Args:
+        file: one of them.
+
+    Returns:
+        The files in order; `file` alone, if its model is not split.
+
+    Raises:
+        MissingFileError: some of them are not in its folder.
+        CheckpointError: they don't belong together, or are not named `NAME-00001-of-00003.gguf`.
+    """
+    count = file.get("split.count", int, 0)
+    if count in (0, 1):
+        return [file]
+    name = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", file.path.name)
+    if name is None or int(name[2]) != count:
+        raise CheckpointError(f"{file.path} is one of a model's {count} files: name it NAME-00001-of-{count:05}.gguf")
+    paths = [file.path.with_name(f"{name[1]}-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        listed = ", ".join(missing[:8]) + (f", … ({len(missing)} in all)" if len(missing) > 8 else "")
+        raise MissingFileError(f"{file.path} is one of a model's {count} files, and its folder lacks {listed}")
+    parts = [file if path == file.path else GGUFFile(path) for path in paths]
+    for i, part in enumerate(parts):
+        numbers = part.get("split.no", int), part.get("split.count", int)
+        if numbers != (i, count):
+            raise CheckpointError(f"{part.path}: split.no and split.count are {numbers}, and should be {(i, count)}")
+    n_different = len({name for part in parts for name in part.tensors})
+    n_tensors, n_expected = sum(len(part.tensors) for part in parts), parts[0].get("split.tensors.count", int)
+    if not n_different == n_tensors == n_expected:
+        raise CheckpointError(
+            f"{file.path} and the other files of its model hold {n_tensors} tensors ({n_different} different), and "
+            f"split.tensors.count is {n_expected}"
+        )
+    return parts
+
+
+def model_file_name(path: Path) -> str:
+    """A file's name; of one that a model is split over, what the names of all of them have in common."""
+    return re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"\1", path.name)
 
 
 def as_scaled_rope(divisors: tuple[float, ...], theta: float) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from llama.checkpoint import hugging_face
 from llama.checkpoint.base import Checkpoint, Settings
-from llama.checkpoint.gguf import GGUFCheckpoint
+from llama.checkpoint.gguf import GGUFCheckpoint, model_file_name
 from llama.checkpoint.hugging_face import HuggingFaceCheckpoint, read_config_json
 from llama.checkpoint.meta import MetaCheckpoint, read_params_json_without_weights
 from llama.checkpoint.parameters import parameter_shapes, share
@@ -24,8 +24,8 @@ def open_checkpoint(ckpt_dir: str | Path | Checkpoint) -> Checkpoint:
 
     Args:
         ckpt_dir: a folder with `*.pth` files and a `params.json` (Meta's layout); one with `config.json` and
-            `*.safetensors` (Hugging Face's); a `*.gguf` file, or a folder with one. A checkpoint that is already open
-            is returned as it is.
+            `*.safetensors` (Hugging Face's); a `*.gguf` file, or a folder with one or with all files of a split one. A
+            checkpoint that is already open is returned as it is.
 
     Raises:
         MissingFileError: nothing exists there, or no checkpoint is in the folder; the message lists what is.
@@ -43,7 +43,7 @@ def open_checkpoint(ckpt_dir: str | Path | Checkpoint) -> Checkpoint:
     if (path / hugging_face.WEIGHTS).exists() or (path / hugging_face.INDEX).exists():
         return HuggingFaceCheckpoint(path)
     gguf_files = sorted(path.glob("*.gguf"))
-    if len(gguf_files) == 1:
+    if len({model_file_name(file) for file in gguf_files}) == 1:
         return GGUFCheckpoint(gguf_files[0])
     if gguf_files:
         raise InputError(f"{path} holds {len(gguf_files)} GGUF files; pass one of them: {listing(path)}")
