@@ -125,21 +125,25 @@ def test_chat_templates_in_other_places(folder, tmp_path):
     assert Tokenizer(path).chat_template is None
     (tmp_path / "chat_template.jinja").write_text("in a file")
     assert Tokenizer(path).chat_template == "in a file"
+    change(folder, tmp_path, lambda c: None, "tokenizer_config.json")
+    tokenizer = Tokenizer(path)  # with a template in both files
+    assert (tokenizer.chat_template, tokenizer.chat_template_source) == ("in a file", "chat_template.jinja")
 
 
 def test_added_tokens_that_are_not_special(folder, tmp_path):
-    """Such as <think> of DeepSeek's distilled Llamas: they too are plain text unless allowed."""
+    """Such as <think> of DeepSeek's distilled Llamas: they are recognised in every text."""
 
     def edit(values):
         values["added_tokens"][13] |= {"content": "<think>", "special": False}
 
     tokenizer = Tokenizer(change(folder, tmp_path, edit))
     text = "the<think> user"
-    assert max(tokenizer.encode(text, bos=False, eos=False)) < 268
     engine = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    ids = tokenizer.encode(text, bos=False, eos=False, allowed_special={"<think>"})
+    ids = tokenizer.encode(text, bos=False, eos=False)
     assert ids == engine.encode(text, add_special_tokens=False).ids
     assert 268 + 13 in ids
+    assert "<think>" not in tokenizer.special_tokens
+    assert tokenizer.decode(ids) == text
 
 
 def test_a_gap_in_the_ids(folder, tmp_path):

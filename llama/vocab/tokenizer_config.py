@@ -1,33 +1,207 @@
-"""What the files beside a tokenizer in a Hugging Face folder say of it: BOS, the tokens that end a text, chat template.
+"""What the files beside a tokenizer in a Hugging Face folder say of it.
 
-`tokenizer_config.json` names special tokens; `generation_config.json` or `config.json` lists the ids that end a text.
+`tokenizer_config.json` (or, in older folders, `special_tokens_map.json` and `added_tokens.json`) names special tokens
+and lists added ones; `generation_config.json` or `config.json` lists the ids that end a text; the chat template is in
+`chat_template.jinja` or `tokenizer_config.json`. They are read as `AutoTokenizer` of transformers 5 reads them.
 """
 
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llama.errors import CheckpointError
 from llama.files import Metadata, first_bytes, read_json, write_json
+from llama.vocab.added_tokens import AddedToken
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
+logger = logging.getLogger("llama")
+
+TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 EOS_FILES = ("generation_config.json", "config.json")  # the first that has an eos_token_id counts
 
+# The tokens that transformers knows by name, besides those of a model's own (`image_token`).
+TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-def read_tokenizer_config(folder: Path) -> Metadata:
-    """The content of `tokenizer_config.json`; empty where there is no such file."""
-    path = folder / TOKENIZER_CONFIG
-    return Metadata(path, read_json(path) if path.exists() else {})
+NO_ID = -1  # of a token that a file names by its content
+
+MAX_CONTENT = 1000  # characters
+
+
+@dataclass
+class TokenizerConfig:
+    """What is known of a tokenizer beyond its vocabulary; by default nothing.
+
+    Attributes:
+        added_tokens: with the ids that the files give them.
+        named_tokens: by names such as `bos_token`; None for a token that the model is said not to have. Their ids are
+            `NO_ID`, as are those of the extra tokens.
+        extra_tokens: further special tokens.
+        eos_ids: the ids that end a text.
+        add_bos: whether a text to complete begins with BOS.
+        chat_template: the Jinja template of the model's chat format.
+        chat_template_source: the name of the file, or of the GGUF field, that the template is from.
+        legacy: whether sentencepiece puts a space before every text that follows an added token, not only before the
+            first text.
+        add_prefix_space: whether sentencepiece puts a space before a text at all.
+        vocab_size: the number of rows of the model's embedding.
+    """
+
+    added_tokens: list[AddedToken] = field(default_factory=list)
+    named_tokens: dict[str, AddedToken | None] = field(default_factory=dict)
+    extra_tokens: list[AddedToken] = field(default_factory=list)
+    eos_ids: set[int] = field(default_factory=set)
+    add_bos: bool | None = None
+    chat_template: str | None = None
+    chat_template_source: str | None = None
+    legacy: bool = False
+    add_prefix_space: bool = True
+    vocab_size: int | None = None
+
+    def template_tokens(self) -> dict[str, str]:
+        """The tokens that chat templates know by name, as `bos_token` -> its text."""
+        return {name: token.content for name, token in self.named_tokens.items() if token is not None}
+
+    def merge_added_tokens(
+        self, tokens: Iterable[AddedToken], vocabulary: Mapping[str, int], path: Path
+    ) -> tuple[AddedToken, ...]:
+        """All added tokens of a tokenizer, in the order of their ids: its own, and those of this configuration.
+
+        What the configuration says of a token counts for more, but for its id. A named token that is in the vocabulary
+        is an added token as well. One without an id is left out, and so are those beyond the model's embedding.
+
+        Args:
+            tokens: the tokenizer's own added tokens.
+            vocabulary: the text of each of its other tokens -> its id.
+            path: the tokenizer's file, for error messages.
+
+        Raises:
+            CheckpointError: two different tokens have the same id.
+        """
+        merged = {token.content: token for token in tokens}
+
+        def known_id(token: AddedToken) -> int:
+            return merged[token.content].id if token.content in merged else vocabulary.get(token.content, token.id)
+
+        for token in self.added_tokens:
+            merged[token.content] = replace(token, id=known_id(token))
+        for token in (*self.extra_tokens, *filter(None, self.named_tokens.values())):
+            if known_id(token) != NO_ID:
+                merged[token.content] = replace(merged.get(token.content, token), id=known_id(token), special=True)
+        text_of = {i: text for text, i in vocabulary.items()}
+        for token in merged.values():
+            other = text_of.setdefault(token.id, token.content)
+            if other != token.content:
+                raise CheckpointError(f"{path}: {other!r:.80} and {token.content!r:.80} both have the id {token.id}")
+        outside = {} if self.vocab_size is None else {t.content: t for t in merged.values() if t.id >= self.vocab_size}
+        if outside:
+            logger.warning("%s: %s left out: the model has %d tokens", path, list(outside)[:8], self.vocab_size)
+        return tuple(sorted((t for t in merged.values() if t.content not in outside), key=lambda token: token.id))
+
+
+def read_tokenizer_config(folder: Path) -> TokenizerConfig:
+    """What the files in a folder say of the tokenizer there.
+
+    Raises:
+        CheckpointError: one of them is damaged.
+    """
+    config = _read_optional(folder / TOKENIZER_CONFIG)
+    named_tokens, extra_tokens = _read_named_tokens(config)
+    added_tokens = []
+    if config.get("added_tokens_decoder", dict, None) is not None:
+        for i, entry in config.get("added_tokens_decoder", dict).items():
+            added_tokens.append(read_added_token(config.path, entry, int(i) if re.fullmatch("[0-9]{1,10}", i) else i))
+    else:  # an older folder, where two more files say it
+        more_named_tokens, more_extra_tokens = _read_named_tokens(_read_optional(folder / "special_tokens_map.json"))
+        named_tokens, extra_tokens = named_tokens | more_named_tokens, extra_tokens + more_extra_tokens
+        special = {token.content for token in (*extra_tokens, *filter(None, named_tokens.values()))}
+        added = _read_optional(folder / "added_tokens.json")
+        for content, i in added.values.items():
+            flags = {"content": content, "special": content in special}
+            added_tokens.append(read_added_token(added.path, flags, i))
+    chat_template, chat_template_source = _read_chat_template(folder, config)
+    return TokenizerConfig(
+        added_tokens,
+        named_tokens,
+        extra_tokens,
+        read_eos_ids(folder),
+        config.get("add_bos_token", bool, None),
+        chat_template,
+        chat_template_source,
+        config.get("legacy", bool, False),
+        config.get("add_prefix_space", bool, True),
+        _read_optional(folder / "config.json").get("vocab_size", int, None),
+    )
+
+
+def read_added_token(path: Path, entry: Any, token_id: Any) -> AddedToken:
+    """An added token as files write it, as an object with its content and flags.
+
+    Args:
+        path: the file.
+        entry: the object.
+        token_id: the id that the file gives it.
+
+    Raises:
+        CheckpointError: it isn't a token.
+    """
+    token = _read_token(path, entry, special=False)
+    if type(token_id) is not int or not 0 <= token_id < 2**31:
+        raise CheckpointError(f"{path}: the id of the added token {token.content!r} is {token_id!r:.80}")
+    return replace(token, id=token_id)
+
+
+def _read_token(path: Path, entry: Any, special: bool) -> AddedToken:
+    """A token without its id: its content, or an object with the content and flags."""
+    values = Metadata(path, entry if isinstance(entry, dict) else {"content": entry})
+    content, special = values.get("content", str), values.get("special", bool, special)
+    if not 0 < len(content) <= MAX_CONTENT:
+        raise CheckpointError(f"{path}: the token {content!r:.80} must have 1 to {MAX_CONTENT} characters")
+    flags = {flag: values.get(flag, bool, False) for flag in ("lstrip", "rstrip", "single_word")}
+    return AddedToken(content, NO_ID, special, **flags, normalized=values.get("normalized", bool, not special))
+
+
+def _read_named_tokens(file: Metadata) -> tuple[dict[str, AddedToken | None], list[AddedToken]]:
+    """The special tokens that a file names as `bos_token` and so on, and those that it lists without a name."""
+    named: dict[str, Any] = {}
+    extra: list[Any] = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        entries = file.values.get(key)
+        if isinstance(entries, dict):
+            named |= entries
+        elif isinstance(entries, list):
+            extra += entries
+    named |= {key: value for key, value in file.values.items() if key in TOKEN_NAMES}
+    named |= {key: v for key, v in file.values.items() if key.endswith("_token") and isinstance(v, str | dict)}
+    return (
+        {key: None if v is None else _read_token(file.path, v, special=True) for key, v in named.items()},
+        [_read_token(file.path, entry, special=True) for entry in extra],
+    )
+
+
+def _read_chat_template(folder: Path, config: Metadata) -> tuple[str | None, str | None]:
+    """The chat template and the name of the file it is from; of several templates, the one named "default"."""
+    path = folder / CHAT_TEMPLATE
+    if path.exists():
+        first_bytes(path)  # raises if the file is what a failed download leaves
+        return path.read_text(encoding="utf-8", errors="replace"), CHAT_TEMPLATE
+    template = config.values.get("chat_template")
+    if isinstance(template, list):
+        by_name = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = by_name.get("default")
+    return (template, TOKENIZER_CONFIG) if isinstance(template, str) else (None, None)
 
 
 def read_add_bos(folder: Path, default: bool) -> bool:
     """Whether a text begins with BOS; `default` where `tokenizer_config.json` doesn't say."""
-    return read_tokenizer_config(folder).get("add_bos_token", bool, default)
+    return _read_optional(folder / TOKENIZER_CONFIG).get("add_bos_token", bool, default)
 
 
 def read_eos_ids(folder: Path) -> set[int]:
     """The ids that end a text; empty where no file says."""
     for name in EOS_FILES:
-        value = read_json(folder / name).get("eos_token_id") if (folder / name).exists() else None
+        value = _read_optional(folder / name).values.get("eos_token_id")
         if value is not None:
             ids = value if isinstance(value, list) else [value]
             if not all(type(i) is int and i >= 0 for i in ids):
@@ -38,22 +212,9 @@ def read_eos_ids(folder: Path) -> set[int]:
     return set()
 
 
-def read_chat_template(folder: Path) -> str | None:
-    """The chat template: one in `tokenizer_config.json`, the default of several there, or `chat_template.jinja`."""
-    template, file = read_tokenizer_config(folder).values.get("chat_template"), folder / "chat_template.jinja"
-    if isinstance(template, list):
-        by_name = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = by_name.get("default")
-    if template is None and file.exists():
-        first_bytes(file)  # raises if the file is what a failed download leaves
-        template = file.read_text(encoding="utf-8", errors="replace")
-    return template if isinstance(template, str) else None
-
-
-def special_token_name(token: Any) -> str | None:
-    """The name of a special token, which files write as a string or as an object with `content`."""
-    name = token.get("content") if isinstance(token, dict) else token
-    return name if isinstance(name, str) else None
+def _read_optional(path: Path) -> Metadata:
+    """The content of a JSON file; empty where there is no such file."""
+    return Metadata(path, read_json(path) if path.exists() else {})
 
 
 def write_tokenizer_config(folder: Path, config: dict[str, Any], bos_id: int | None, stop_tokens: set[int]) -> None:

@@ -5,14 +5,10 @@ from typing import Any
 
 from llama.errors import CheckpointError
 from llama.files import Metadata, read_json, write_json
-from llama.vocab.added_tokens import AddedToken
 from llama.vocab.tokenizer_config import (
     EOS_FILES,
-    read_add_bos,
-    read_chat_template,
-    read_eos_ids,
+    read_added_token,
     read_tokenizer_config,
-    special_token_name,
     write_tokenizer_config,
 )
 from llama.vocab.vocabulary import (
@@ -35,32 +31,36 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
     file = Metadata(path, read_json(path))
     model = Metadata(path, file.get("model", dict))
     _check_supported(file, model)
-    ordinary, special = _read_tokens(file, model)
-    ranks = _read_ranks(model, ordinary)
+    tokens = _read_vocabulary(model)
+    own_tokens = [read_added_token(path, entry, entry.get("id")) for entry in _read_objects(file, "added_tokens")]
+    ranks = _read_ranks(model, tokens, {token.content for token in own_tokens})
 
-    folder = path.parent
-    config = read_tokenizer_config(folder)
+    config = read_tokenizer_config(path.parent)
+    added_tokens = config.merge_added_tokens(own_tokens, tokens, path)
+    id_of = {token.content: token.id for token in added_tokens}
     template_bos, template_adds_bos = _leading_special_token(file.values.get("post_processor"))
-    bos_id = special.get(special_token_name(config.values.get("bos_token")) or template_bos or "")
-    stop_tokens = read_eos_ids(folder) | {special[name] for name in END_TOKENS if name in special}
-    eos_name = special_token_name(config.values.get("eos_token"))
-    eos_id = special.get(eos_name or "", min(stop_tokens, default=None))
+    names = config.template_tokens()
+    bos_id = id_of.get(names.get("bos_token") or template_bos or "")
+    stop_tokens = config.eos_ids | {id_of[name] for name in END_TOKENS if name in id_of}
+    eos_id = id_of.get(names.get("eos_token", ""), min(stop_tokens, default=None))
     if eos_id is None:
         raise CheckpointError(f"{path}: no token that ends a text is named: {EOS_FILES[0]} should have an eos_token_id")
-    ids = {*ordinary.values(), *special.values()}
+    ids = {*ranks.values(), *id_of.values()}
     if not stop_tokens <= ids:
         raise CheckpointError(
             f"{path}: not all the ids that end a text, {sorted(stop_tokens)}, are among its {len(ids)} tokens"
         )
     return Vocabulary(
         ranks,
-        tuple(AddedToken(name, i) for name, i in special.items()),
+        added_tokens,
         _split_pattern(file.values.get("pre_tokenizer"), path),
         bos_id=bos_id,
         eos_id=eos_id,
         stop_tokens=stop_tokens | {eos_id},
-        add_bos=read_add_bos(folder, template_adds_bos) and bos_id is not None,
-        chat_template=read_chat_template(folder),
+        add_bos=(template_adds_bos if config.add_bos is None else config.add_bos) and bos_id is not None,
+        chat_template=config.chat_template,
+        chat_template_source=config.chat_template_source,
+        template_tokens=names,
     )
 
 
@@ -80,24 +80,35 @@ def _check_supported(file: Metadata, model: Metadata) -> None:
         raise CheckpointError(f"{path}: the normalizer {file.values['normalizer']!r:.80} is not supported")
 
 
-def _read_tokens(file: Metadata, model: Metadata) -> tuple[dict[str, int], dict[str, int]]:
-    """The ordinary and the special tokens, with their ids. All added tokens count as special."""
-    added = [Metadata(file.path, entry) for entry in file.get("added_tokens", list, []) if isinstance(entry, dict)]
-    special = {entry.get("content", str): entry.get("id", int) for entry in added}
-    ordinary = {token: i for token, i in model.get("vocab", dict).items() if token not in special}
-    ids = [*ordinary.values(), *special.values()]
-    valid = all(type(i) is int and 0 <= i < 2**31 for i in ids) and len(set(ids)) == len(ids)
-    if not valid or not ordinary or "" in special:
-        raise CheckpointError(f"{file.path}: the ids of its {len(ids)} tokens are not different integers of at least 0")
-    return ordinary, special
+def _read_objects(file: Metadata, key: str) -> list[dict[str, Any]]:
+    """A list of JSON objects; empty where there is none."""
+    entries = file.get(key, list, [])
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise CheckpointError(f"{file.path}: {key} must be a list of objects")
+    return entries
 
 
-def _read_ranks(model: Metadata, ordinary: dict[str, int]) -> dict[bytes, int]:
-    """The bytes of each ordinary token -> its id."""
+def _read_vocabulary(model: Metadata) -> dict[str, int]:
+    """Each token of the vocabulary, in GPT-2's characters, and its id; added tokens may be among them."""
+    tokens = model.get("vocab", dict)
+    valid = all(type(i) is int and 0 <= i < 2**31 for i in tokens.values())
+    if not valid or not tokens or len(set(tokens.values())) != len(tokens):
+        raise CheckpointError(
+            f"{model.path}: the ids of its {len(tokens)} tokens are not different integers of at least 0"
+        )
+    return tokens
+
+
+def _read_ranks(model: Metadata, tokens: dict[str, int], added: set[str]) -> dict[bytes, int]:
+    """The bytes of each ordinary token -> its id: of the added tokens only those that merges make."""
     path = model.path
     merges = [" ".join(map(str, merge)) if isinstance(merge, list) else merge for merge in model.get("merges", list)]
     if not all(isinstance(merge, str) for merge in merges):
         raise CheckpointError(f"{path}: its merges are not all pairs of tokens")
+    added = {token for token in added if len(token) > 1}
+    if added:
+        added -= {merge.replace(" ", "", 1) for merge in merges}
+    ordinary = {token: i for token, i in tokens.items() if token not in added}
     ranks = byte_level_ranks(ordinary, merges, path, model.get("ignore_merges", bool, False))
     if model.values.get("unk_token") is not None and any(bytes([byte]) not in ranks for byte in range(256)):
         raise CheckpointError(
@@ -115,7 +126,8 @@ def _leading_special_token(post_processor: Any) -> tuple[str | None, bool]:
             first = single[0] if isinstance(single, list) and single else None
             token = first.get("SpecialToken") if isinstance(first, dict) else None
             if isinstance(token, dict):
-                return special_token_name(token.get("id")), True
+                name = token.get("id")
+                return (name if isinstance(name, str) else None), True
     return None, False
 
 
