@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -60,11 +61,13 @@ def first_bytes(path: Path, count: int = 512) -> bytes:
     """The first `count` bytes of a file of weights, vocabulary or metadata.
 
     Raises:
-        CheckpointError: a folder, an empty file, or what a failed download leaves in a file's place.
+        CheckpointError: a folder, a device, an empty file, or what a failed download leaves in a file's place.
     """
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, not a file; it holds {listing(path)}")
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # asked first: opening a pipe waits for whoever writes into it
+            raise CheckpointError(f"{path} is a device, a pipe or a socket, not a file")
         with path.open("rb") as file:
             head = file.read(count)
     except OSError as error:

@@ -1,6 +1,7 @@
 """Damaged and hostile files of every layout: only this library's exceptions are raised, and no code in them runs."""
 
 import json
+import os
 import shutil
 import struct
 import zipfile
@@ -135,6 +136,39 @@ def build_and_generate(folder: Path) -> str:
     except ArithmeticError:  # a weight has become NaN or infinite
         return "NaN or infinity"
     return "loaded"
+
+
+NOT_FILES = {
+    "a pipe": os.mkfifo if hasattr(os, "mkfifo") else None,
+    "a link to an endless device": lambda path: path.symlink_to("/dev/zero"),
+    "a link to an empty device": lambda path: path.symlink_to("/dev/null"),
+    "a link to itself": lambda path: path.symlink_to(path),
+    "a broken link": lambda path: path.symlink_to(path.with_name("gone")),
+    "a folder": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has neither pipes nor devices among its files")
+@pytest.mark.timeout(60)  # opening a pipe waits for ever
+@pytest.mark.parametrize("put", NOT_FILES.values(), ids=NOT_FILES)
+def test_what_is_no_file_is_refused_without_waiting(layout, put, tmp_path):
+    """Any file of a checkpoint replaced by a pipe, a device or a folder; and such a thing given as the checkpoint."""
+    _, folder, files = layout
+    copy = tmp_path / "copy"
+    for file in files:
+        shutil.copytree(folder, copy)
+        (copy / file).unlink()
+        put(copy / file)
+        outcome = build_and_generate(copy)
+        if outcome == "loaded":  # a link that leads nowhere is a file that isn't there, and some need not be
+            assert not (copy / file).exists()
+            assert file in ("generation_config.json", "tokenizer_config.json")
+        shutil.rmtree(copy)
+    put(copy)
+    with pytest.raises((InputError, MissingFileError), match="copy"):
+        Llama.build(copy, None, 16, 1, device="cpu")
+    with pytest.raises((InputError, MissingFileError), match="copy"):
+        Llama.build(folder, copy, 16, 1, device="cpu")
 
 
 @pytest.mark.parametrize("size", [2**20, 2**40, 2**62])

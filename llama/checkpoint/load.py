@@ -34,7 +34,7 @@ def open_checkpoint(ckpt_dir: str | Path | Checkpoint) -> Checkpoint:
     if isinstance(ckpt_dir, Checkpoint):
         return ckpt_dir
     path = require_path(ckpt_dir, "ckpt_dir")
-    if path.is_file():
+    if not path.is_dir():
         if path.suffix in {".pth", ".safetensors", ".json", ".bin", ".model"}:
             raise InputError(f"ckpt_dir={str(path)!r} is one of a checkpoint's files: pass its folder, {path.parent}")
         return GGUFCheckpoint(path)

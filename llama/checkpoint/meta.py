@@ -1,8 +1,6 @@
 """Meta's layout: `params.json`, and a `consolidated.NN.pth` for each of the model-parallel processes that saved it."""
 
 import logging
-import re
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -12,9 +10,10 @@ import torch
 
 from llama.checkpoint.base import Checkpoint, Settings
 from llama.checkpoint.parameters import parameter_shapes, share, split_axis
+from llama.checkpoint.pickled_weights import open_pickled_weights
 from llama.checkpoint.staging import Staging
 from llama.errors import CheckpointError
-from llama.files import first_bytes, raise_if_unmappable, read_json, require_path, write_json
+from llama.files import read_json, require_path, write_json
 from llama.model_args import ModelArgs, feed_forward_size
 from llama.tokenizer import Tokenizer
 
@@ -22,7 +21,6 @@ logger = logging.getLogger("llama")
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 ROTARY_TABLE = "rope.freqs"  # in Llama 2's files; our network computes it
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class MetaCheckpoint(Checkpoint):
@@ -32,7 +30,7 @@ class MetaCheckpoint(Checkpoint):
         self.path = folder
         self.settings = read_params_json(folder / "params.json")
         self._files = sorted(folder.glob("*.pth"))
-        self._shards = [open_pth(file) for file in self._files]
+        self._shards = [open_pickled_weights(file) for file in self._files]
         for shard in self._shards:
             shard.pop(ROTARY_TABLE, None)
         for file, shard in zip(self._files, self._shards, strict=True):
@@ -174,47 +172,6 @@ def add_implied_params(path: Path, params: dict[str, Any]) -> Settings:
     if params["rope_theta"] == 500000:  # Llama 3
         return Settings(path, {"max_position_embeddings": 8192, **params})
     return Settings(path, params)  # others, such as Code Llama
-
-
-def open_pth(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a `.pth` file, memory-mapped. A pickle that would run code is refused.
-
-    Raises:
-        CheckpointError: not a PyTorch file, a damaged or hostile one, or one that holds something other than tensors.
-        MemoryError: the system refuses to map so large a file.
-    """
-    head, size = first_bytes(path), path.stat().st_size
-    if not head.startswith(b"PK"):
-        raise CheckpointError(
-            f"{path} ({size} bytes) is not a PyTorch file: it begins with {head[:16]!r}. If it was "
-            f"saved by a PyTorch older than 1.6, load it there and save it again with torch.save"
-        )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                if member.file_size != member.compress_size or member.header_offset + member.file_size > size:
-                    raise ValueError(f"{member.filename} claims {member.file_size} bytes")
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a damaged or hostile zip or pickle can make the reader raise anything
-        forbidden = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error))
-        if forbidden:
-            raise CheckpointError(
-                f"{path} would call {forbidden[1]} while it is read, which no file of weights needs: refused, not run"
-            ) from None  # torch's own message explains how to run it
-        raise_if_unmappable(path, error)
-        raise CheckpointError(
-            f"{path} ({size} bytes) is damaged or cut short: download it again ({type(error).__name__}: {error!s:.200})"
-        ) from error
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
-    ):
-        raise CheckpointError(f"{path} holds something other than named tensors: {type(tensors).__name__}")
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise CheckpointError(f"{path}: {name} is not a dense floating-point tensor, but {tensor.dtype}")
-        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-            raise CheckpointError(f"{path}: {name} has shape {tuple(tensor.shape)}, larger than its data in the file")
-    return tensors
 
 
 def write_meta(
