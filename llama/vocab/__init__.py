@@ -13,6 +13,7 @@ from llama.vocab.byte_pair_tokenizer import BytePairTokenizer
 from llama.vocab.gguf_vocabulary import read_gguf_vocabulary
 from llama.vocab.sentencepiece_tokenizer import SentencePieceTokenizer
 from llama.vocab.tiktoken_file import is_tiktoken_file, read_tiktoken_file
+from llama.vocab.tokenizer_config import TokenizerConfig, read_tokenizer_config
 from llama.vocab.tokenizer_json import read_tokenizer_json
 from llama.vocab.vocabulary import Vocabulary
 
@@ -38,5 +39,11 @@ def open_vocabulary(model_path: str | Path | GGUFFile) -> BytePairTokenizer | Se
     if head.lstrip().startswith(b"{"):
         return BytePairTokenizer(read_tokenizer_json(path), path)
     if is_tiktoken_file(head):
-        return BytePairTokenizer(read_tiktoken_file(path), path)
-    return SentencePieceTokenizer(path)
+        vocabulary = read_tiktoken_file(path)
+        return BytePairTokenizer(vocabulary, path)
+    # Files that `save_checkpoint` has written beside a tokenizer in Meta's layout count; those of a download of Hugging
+    # Face's layout with Meta's files in it don't.
+    is_meta = (path.parent / "params.json").exists()
+    is_mixed = is_meta and (path.parent / "config.json").exists()
+    config = TokenizerConfig() if is_mixed else read_tokenizer_config(path.parent)
+    return SentencePieceTokenizer(path.read_bytes(), path, config)

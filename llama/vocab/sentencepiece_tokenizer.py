@@ -1,68 +1,230 @@
-"""Llama 2's tokenizer, by sentencepiece."""
+"""Llama 2's kind of tokenizer, by sentencepiece."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
 from llama.errors import CheckpointError, InputError
-from llama.vocab.added_tokens import AddedToken, AddedTokenSplitter, Names
+from llama.vocab.added_tokens import AddedToken, AddedTokenSplitter, Names, names_to_recognise
+from llama.vocab.tokenizer_config import TokenizerConfig
+from llama.vocab.vocabulary import END_TOKENS
+
+# Messages of sentencepiece's protocol buffers. Appended to another message, they replace what it says.
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"  # ModelProto: normalizer_spec { add_dummy_prefix: false }
+CONTROL_PIECE = b"\x18\x03"  # SentencePiece: type: CONTROL
+PIECES, TEXT, TYPE, USER_DEFINED = 1, 1, 3, 4  # numbers of fields, and the value of a type
 
 
 class SentencePieceTokenizer:
     """A sentencepiece model, with the interface of `BytePairTokenizer`.
 
+    A text without added tokens is encoded exactly as sentencepiece does it. The parts of a text that has some, such as
+    a rendered chat template, are encoded as `LlamaTokenizer` of transformers 5 does it: the two differ in where a space
+    is put before them.
+
+    Args:
+        proto: the model, a serialized ModelProto.
+        path: the file it is from, for error messages.
+        config: what else is known of it. Added tokens may be pieces of the model, or follow them.
+
+    Attributes:
+        model: the sentencepiece processor.
+        proto, legacy: as given.
+        added_tokens: the tokens that are added, and the model's own that no ordinary text is made of.
+        special_tokens: the special ones that are added; the model's own unknown, BOS and EOS tokens are not.
+
     Raises:
-        CheckpointError: not a sentencepiece model, or a damaged one.
+        CheckpointError: not a sentencepiece model, a damaged one, or another than `config` is about.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, proto: bytes, path: Path, config: TokenizerConfig) -> None:
         try:
-            self.model = SentencePieceProcessor(model_proto=path.read_bytes())
+            SentencePieceProcessor(model_proto=proto)
+            text_proto, user_defined = user_defined_as_control(proto)
+            prefix = b"" if config.add_prefix_space else NO_DUMMY_PREFIX
+            self.model = SentencePieceProcessor(model_proto=text_proto + prefix)
+            self._model_without_prefix = SentencePieceProcessor(model_proto=text_proto + NO_DUMMY_PREFIX)
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{path} is neither a sentencepiece model (Llama 2), nor lines of base64 tokens and ranks (Llama 3), "
                 f"nor tokenizer.json, nor GGUF: {error}"
             ) from error
-        self.n_words: int = self.model.vocab_size()
-        self.bos_id: int | None = self.model.bos_id()
-        self.eos_id: int = self.model.eos_id()
-        self.stop_tokens = {self.eos_id}
-        self.special_tokens: dict[str, int] = {}
-        self.added_tokens: tuple[AddedToken, ...] = ()
-        self.add_bos = True
-        self.chat_template: str | None = None
-        self.chat_template_source: str | None = None
-        self.template_tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        self.vocabulary = None
+        self.proto, self.legacy, self.vocabulary = proto, config.legacy, None
+        self._model_after_token = self.model if config.legacy else self._model_without_prefix
+
+        pieces: list[str] = self.model.id_to_piece(list(range(self.model.vocab_size())))
+        own = {i: AddedToken(pieces[i], i) for i in range(len(pieces)) if self.model.is_control(i)}
+        own |= {i: AddedToken(pieces[i], i, special=False) for i in user_defined}
+        own[self.model.unk_id()] = AddedToken(pieces[self.model.unk_id()], self.model.unk_id())
+        id_of = {piece: i for i, piece in enumerate(pieces)}
+        self.added_tokens = config.merge_added_tokens(own.values(), id_of, path)
+
+        always = {self.model.bos_id(), self.model.eos_id(), self.model.unk_id()}
+        added = {id_of.get(token.content, token.id) for token in config.added_tokens} | user_defined
+        silent = {i for i in own if i in always or i not in added}
+        self._recognised = [token for token in self.added_tokens if token.id not in silent]
+        self.special_tokens = {token.content: token.id for token in self._recognised if token.special}
+        # Ordinary pieces that are named as special tokens, such as for padding, are still ordinary.
+        self._contents = {
+            token.id: token.content for token in self._recognised if token.id in own or token.id >= len(pieces)
+        }
         self._splitter = AddedTokenSplitter(self.added_tokens)
+        self.n_words: int = max(len(pieces), *(token.id + 1 for token in self.added_tokens))
+
+        names = {"bos_token": self.model.bos_id(), "eos_token": self.model.eos_id(), "unk_token": self.model.unk_id()}
+        self.template_tokens = {name: pieces[i] for name, i in names.items() if i >= 0} | config.template_tokens()
+        for name in config.named_tokens.keys() - config.template_tokens().keys():
+            self.template_tokens.pop(name, None)
+        ids = {token.content: token.id for token in self.added_tokens}
+        self.bos_id = ids.get(self.template_tokens.get("bos_token", ""))
+        self.eos_id: int = ids.get(self.template_tokens.get("eos_token", ""), self.model.eos_id())
+        self.stop_tokens = {self.eos_id, *config.eos_ids, *(ids[name] for name in END_TOKENS if name in ids)}
+        if not all(0 <= i < self.n_words for i in self.stop_tokens):
+            raise CheckpointError(
+                f"{path}: not all the ids that end a text, {sorted(self.stop_tokens)}, are among its {self.n_words} "
+                f"tokens"
+            )
+        self.add_bos = config.add_bos is not False and self.bos_id is not None
+        self.chat_template, self.chat_template_source = config.chat_template, config.chat_template_source
+
+    def encode(self, text: str, allowed: Names, disallowed: Names) -> list[int]:
+        """Token ids of a text, in which added tokens that aren't special are recognised.
+
+        Args:
+            text: the text, without lone surrogates.
+            allowed: the added special tokens that the text may spell out; others are plain text.
+            disallowed: strings that the text must not contain; "all" for every special token that isn't allowed.
+
+        Raises:
+            InputError: the text contains what `disallowed` forbids, or no special tokens are added to the vocabulary.
+        """
+        if (allowed or disallowed) and not self.special_tokens:
+            raise InputError(
+                "allowed_special and disallowed_special don't apply to a sentencepiece vocabulary without added tokens"
+            )
+        parts = self.split(text, names_to_recognise(self._recognised, text, allowed, disallowed))
+        if any(isinstance(part, int) for part in parts):
+            return self.encode_parts(parts)
+        ids: list[int] = self.model.encode(text)
+        return ids
 
     def split(self, text: str, names: Names) -> list[str | int]:
         """The text cut at the added tokens with these contents: see `AddedTokenSplitter.split`."""
         return self._splitter.split(text, names)
 
     def encode_parts(self, parts: Sequence[str | int], continued: bool = False) -> list[int]:
-        """Token ids of texts, in which no added token is recognised, and of token ids, which stay as they are."""
-        ids: list[int] = []
-        for part in parts:
-            ids += [part] if isinstance(part, int) else self.model.encode(part)
-        return ids
+        """Token ids of texts, in which no added token is recognised, and of token ids, which stay as they are.
 
-    def encode(self, text: str, allowed: Names, disallowed: Names) -> list[int]:
-        """Token ids of a text; `allowed` and `disallowed` must be empty, since sentencepiece has no such notion."""
-        if allowed or disallowed:
-            raise InputError("allowed_special and disallowed_special don't apply to a sentencepiece vocabulary")
-        ids: list[int] = self.model.encode(text)
+        Args:
+            parts: texts, without lone surrogates, and token ids.
+            continued: whether they continue another text, so that no space is put before the first.
+        """
+        ids: list[int] = []
+        model = self._model_without_prefix if continued else self.model
+        for part in parts:
+            if isinstance(part, int):
+                ids.append(part)
+                model = self._model_after_token
+            else:
+                ids += (self._model_without_prefix if part.startswith((" ", "▁")) else model).encode(part)
+                model = self._model_without_prefix
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids."""
-        text: str = self.model.decode(ids)
+        """The text of token ids; ids without a token are skipped, as are those of the model's own control tokens."""
+        text = ""
+        segment: list[int] = []  # ids between two added tokens
+        model = self.model
+        for i in ids:
+            if i in self._contents:
+                text += model.decode(segment) + self._contents[i]
+                segment, model = [], self._model_after_token
+            elif i < self.model.vocab_size():
+                segment.append(i)
+        text += model.decode(segment)
         return text
 
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes that one token stands for; of a control token, its name."""
+    def token_bytes(self, token: int) -> bytes | None:
+        """The bytes that one token stands for; of a control token, its name; None for an id without a token."""
+        if token in self._contents:
+            return self._contents[token].encode()
+        if token >= self.model.vocab_size():
+            return None
         piece: str = self.model.id_to_piece(token)
         if self.model.is_byte(token):  # "<0x0A>"
             return bytes([int(piece[3:5], 16)])
         return piece.replace("▁", " ").encode()
+
+
+def user_defined_as_control(proto: bytes) -> tuple[bytes, set[int]]:
+    """Make a model's user-defined pieces control pieces, which no text is encoded to.
+
+    By itself sentencepiece recognises them in every text. Pieces with spaces are left as they are.
+
+    Args:
+        proto: a valid serialized ModelProto.
+
+    Returns:
+        The changed model, and the ids of the pieces.
+    """
+    if bytes([TYPE << 3, USER_DEFINED]) not in proto:
+        return proto, set()
+    changed: list[bytes] = []
+    ids: set[int] = set()
+    count = 0
+    for number, value, field in read_fields(proto):
+        if number == PIECES and isinstance(value, bytes):
+            piece = {key: part for key, part, _ in read_fields(value)}
+            text = piece.get(TEXT)
+            if piece.get(TYPE) == USER_DEFINED and isinstance(text, bytes) and "▁".encode() not in text:
+                ids.add(count)
+                field = bytes([PIECES << 3 | 2]) + varint(len(value + CONTROL_PIECE)) + value + CONTROL_PIECE
+            count += 1
+        changed.append(field)
+    return b"".join(changed), ids
+
+
+def read_fields(message: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
+    """The fields of a message in the wire format of protocol buffers.
+
+    Yields:
+        The field's number; its value, an int or bytes; and all its bytes.
+
+    Raises:
+        ValueError: the message is damaged.
+    """
+    at = 0
+    while at < len(message):
+        start = at
+        key, at = read_varint(message, at)
+        value: int | bytes
+        if key & 7 == 0:
+            value, at = read_varint(message, at)
+        else:
+            length = {1: 8, 5: 4}.get(key & 7)
+            if key & 7 == 2:
+                length, at = read_varint(message, at)
+            if length is None or at + length > len(message):
+                raise ValueError(f"byte {start} begins no field that fits into the message")
+            value, at = message[at : at + length], at + length
+        yield key >> 3, value, message[start:at]
+
+
+def read_varint(message: bytes, at: int) -> tuple[int, int]:
+    """An integer of variable length, and where the next value begins."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at == len(message):
+            break
+        value |= (message[at] & 0x7F) << shift
+        at += 1
+        if message[at - 1] < 0x80:
+            return value, at
+    raise ValueError(f"byte {at} ends no integer")
+
+
+def varint(value: int) -> bytes:
+    """An integer as protocol buffers write it: seven bits a byte, the lowest first."""
+    low, rest = value & 0x7F, value >> 7
+    return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])

@@ -1,0 +1,110 @@
+"""The sentencepiece model that a GGUF file's metadata describe, as the serialized message that sentencepiece loads.
+
+A GGUF file of the kind "llama" holds a sentencepiece model's pieces, but not the model. The numbers of fields and types
+are those of sentencepiece_model.proto, in https://github.com/google/sentencepiece; the wire format is protobuf's.
+"""
+
+import struct
+
+from llama.errors import CheckpointError
+from llama.gguf_file import GGUFFile
+
+# Values of `tokenizer.ggml.token_type`, the same as sentencepiece's types of pieces.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+# llama.cpp's ids where the metadata name none.
+UNKNOWN_ID, BOS_ID, EOS_ID = 0, 1, 2
+
+BPE = 2  # a value of TrainerSpec.model_type
+MAX_SCORE = 3.4e38
+SPACE = "▁"  # by which sentencepiece replaces a space
+
+
+def gguf_sentencepiece_proto(file: GGUFFile) -> bytes:
+    """The serialized ModelProto of a GGUF file's vocabulary of the kind "llama".
+
+    It encodes as the model's original `tokenizer.model` does, if that changes nothing in a text but its spaces.
+
+    Raises:
+        CheckpointError: damaged metadata, or a model that changes more, or has no scores; the message says which.
+    """
+    if file.get("tokenizer.ggml.precompiled_charsmap", list, []):
+        raise CheckpointError(f"{file.path}: its tokenizer normalizes texts, which is not supported")
+    tokens, scores, types = _read_pieces(file)
+    unknown_id = types.index(UNKNOWN)
+    bos_id = file.get("tokenizer.ggml.bos_token_id", int, BOS_ID)
+    eos_id = file.get("tokenizer.ggml.eos_token_id", int, EOS_ID)
+    if not all(0 <= i < len(tokens) for i in (bos_id, eos_id)):
+        raise CheckpointError(f"{file.path}: bos {bos_id} or eos {eos_id} is not one of the {len(tokens)} tokens")
+
+    pieces = [
+        _bytes_field(1, _bytes_field(1, token.encode()) + _float_field(2, score) + _int_field(3, kind))
+        for token, score, kind in zip(tokens, scores, types, strict=True)
+    ]
+    trainer_spec = _int_field(3, BPE) + _int_field(4, len(tokens)) + _int_field(35, BYTE in types)
+    for i, (id_field, piece_field) in ((unknown_id, (40, 45)), (bos_id, (41, 46)), (eos_id, (42, 47))):
+        trainer_spec += _int_field(id_field, i) + _bytes_field(piece_field, tokens[i].encode())
+    normalizer_spec = (
+        _bytes_field(1, b"identity")
+        + _int_field(3, file.get("tokenizer.ggml.add_space_prefix", bool, True))
+        + _int_field(4, file.get("tokenizer.ggml.remove_extra_whitespaces", bool, False))
+        + _int_field(5, True)  # escape_whitespaces
+    )
+    return b"".join([*pieces, _bytes_field(2, trainer_spec), _bytes_field(3, normalizer_spec)])
+
+
+def _read_pieces(file: GGUFFile) -> tuple[list[str], list[float], list[int]]:
+    """The texts, scores and types of the pieces, one of which is unknown."""
+    path = file.path
+    tokens, scores, types = (
+        list(file.get(f"tokenizer.ggml.{key}", list)) for key in ("tokens", "scores", "token_type")
+    )
+    if not len(tokens) == len(scores) == len(types) > 0:
+        raise CheckpointError(f"{path}: {len(tokens)} tokens, {len(scores)} scores, {len(types)} token types")
+    if not all(isinstance(token, str) and token for token in tokens) or len(set(tokens)) < len(tokens):
+        raise CheckpointError(f"{path}: its {len(tokens)} tokens are not different texts, none of them empty")
+    if not all(isinstance(score, float) and abs(score) < MAX_SCORE for score in scores):
+        raise CheckpointError(f"{path}: the scores of its {len(tokens)} tokens are not all finite numbers")
+    if not all(type(kind) is int and NORMAL <= kind <= BYTE for kind in types):
+        raise CheckpointError(f"{path}: its token types are not all from {NORMAL} to {BYTE}")
+    if types.count(BYTE) not in (0, 256):
+        raise CheckpointError(f"{path}: {types.count(BYTE)} tokens stand for a byte, not 256 or none")
+
+    merged = [score for token, score, kind in zip(tokens, scores, types) if kind == NORMAL and len(token) > 1]
+    if len(merged) > 1 and len(set(merged)) == 1:  # as some converters write them
+        raise CheckpointError(
+            f"{path}: all tokens have the same score, {merged[0]}, so that the order of merges is unknown; pass the "
+            f"model's own tokenizer.model as tokenizer_path"
+        )
+    if UNKNOWN not in types:  # converters write CONTROL where tokenizer_config.json calls it special
+        unknown_id = file.get("tokenizer.ggml.unknown_token_id", int, UNKNOWN_ID)
+        if not 0 <= unknown_id < len(tokens):
+            raise CheckpointError(f"{path}: unknown_token_id {unknown_id} is not one of the {len(tokens)} tokens")
+        types[unknown_id] = UNKNOWN
+    known = set(tokens)
+    for i, kind in enumerate(types):
+        escaped = tokens[i].replace(" ", SPACE)
+        if kind == USER_DEFINED and escaped not in known:  # converters undo the escaping
+            tokens[i] = escaped
+    return tokens, scores, types
+
+
+def _varint(value: int) -> bytes:
+    """A number of at least 0 in groups of 7 bits, the lowest first; all bytes but the last have their top bit set."""
+    groups = []
+    while value >= 0x80:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*groups, value])
+
+
+def _int_field(number: int, value: int) -> bytes:
+    return _varint(number << 3) + _varint(value)
+
+
+def _float_field(number: int, value: float) -> bytes:
+    return _varint(number << 3 | 5) + struct.pack("<f", value)
+
+
+def _bytes_field(number: int, value: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
