@@ -306,10 +306,12 @@ def test_the_order_and_number_of_the_files_of_a_split_model(split):
     with pytest.raises(CheckpointError, match=r"00002-of-00003\.gguf: .* are \(2, 3\), and should be \(1, 3\)"):
         open_checkpoint(third)
     second.write_bytes(intact)
-    first, *_ = split("other", small_first_shard=True)
-    shutil.copy(first, second)
-    with pytest.raises(CheckpointError, match=r"00002-of-00003\.gguf: .* are \(0, 4\), and should be \(1, 3\)"):
+    _, second_of_four, *_ = split("other", small_first_shard=True)
+    shutil.copy(second_of_four, second)
+    with pytest.raises(CheckpointError, match=r"00002-of-00003\.gguf: .* are \(1, 4\), and should be \(1, 3\)"):
         open_checkpoint(third)
+    with pytest.raises(CheckpointError, match=r"is one of a model's 4 files: name it NAME-00001-of-00004\.gguf"):
+        open_checkpoint(second)
 
 
 def test_the_number_of_tensors_of_a_split_model(split):

@@ -70,7 +70,7 @@ def _read_pieces(file: GGUFFile) -> tuple[list[str], list[float], list[int]]:
     if types.count(BYTE) not in (0, 256):
         raise CheckpointError(f"{path}: {types.count(BYTE)} tokens stand for a byte, not 256 or none")
 
-    merged = [score for token, score, kind in zip(tokens, scores, types) if kind == NORMAL and len(token) > 1]
+    merged = [scores[i] for i, token in enumerate(tokens) if types[i] == NORMAL and len(token) > 1]
     if len(merged) > 1 and len(set(merged)) == 1:  # as some converters write them
         raise CheckpointError(
             f"{path}: all tokens have the same score, {merged[0]}, so that the order of merges is unknown; pass the "
