@@ -46,7 +46,10 @@ MODELS = {
         "pad_id": 3,
         "pad_piece": "<pad>",
     },
-    "another order of the special pieces": {"unk_id": 2, "bos_id": 0, "eos_id": 1},
+    "special pieces of other ids and names": {
+        **{"unk_id": 2, "bos_id": 0, "eos_id": 1},
+        **{"unk_piece": "[UNK]", "bos_piece": "[BOS]", "eos_piece": "[EOS]"},
+    },
 }
 
 
