@@ -332,9 +332,9 @@ def test_no_checkpoint_in_the_folder(tmp_path, tiny_checkpoint):
     (tmp_path / "model-00001-of-00002.safetensors").touch()
     with pytest.raises(FileNotFoundError, match=r"found model-.* but their model\.safetensors\.index\.json isn't"):
         Llama.build(tmp_path, None, 32, 1)
-    (tmp_path / "pytorch_model.bin").touch()
+    (tmp_path / "pytorch_model-00001-of-00002.bin").touch()
     (tmp_path / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"pytorch_model\*\.bin isn't read"):
+    with pytest.raises(FileNotFoundError, match=r"found pytorch.* but their pytorch_model\.bin\.index\.json isn't"):
         Llama.build(tmp_path, None, 32, 1)
     shutil.copytree(tiny_checkpoint, tmp_path / "original")
     with pytest.raises(FileNotFoundError, match=r"pass ckpt_dir='.*original'"):

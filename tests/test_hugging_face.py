@@ -1,14 +1,18 @@
 """Hugging Face's layout: the logits of transformers, and refusing damaged and unsupported folders."""
 
 import json
+import os
 import shutil
+import sys
 
 import pytest
 import torch
 from conftest import (
+    Ranks,
     cut,
     hugging_face_logits,
     load,
+    same_weights,
     write_llama2_tokenizer,
     write_llama3_tokenizer,
     write_tokenizer_json,
@@ -157,6 +161,128 @@ def test_a_rotary_table_in_old_files_is_ignored(tmp_path):
     assert load(tmp_path)
 
 
+def write_pickled(folder, model, shards=1, tokenizer=write_llama3_tokenizer, edit=lambda weight: weight):
+    """Write a model with pickled weights, as older versions of transformers do.
+
+    Args:
+        folder: where to write it.
+        model: transformers' model.
+        shards: number of files of weights; with several there is an index.
+        tokenizer: writes the tokenizer.
+        edit: what becomes of each weight before it is saved.
+    """
+    folder.mkdir(exist_ok=True)
+    model.config.save_pretrained(folder)
+    tokenizer(folder / "tokenizer.model")
+    weights = {name: edit(weight) for name, weight in model.state_dict().items()}
+    if shards == 1:
+        torch.save(weights, folder / "pytorch_model.bin")
+        return folder
+    weight_map = {
+        name: f"pytorch_model-{i % shards + 1:05d}-of-{shards:05d}.bin" for i, name in enumerate(sorted(weights))
+    }
+    for file in set(weight_map.values()):
+        torch.save({name: weights[name] for name in weights if weight_map[name] == file}, folder / file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_pickled_weights(tmp_path, changes, shards):
+    """In one file or several. The oracle has the same weights; it no longer writes such files."""
+    theirs = random_hugging_face_model(**changes)
+    model = load(write_pickled(tmp_path, theirs, shards))
+    with torch.no_grad():
+        assert torch.allclose(model(TOKENS), theirs(TOKENS).logits, atol=1e-4)
+
+
+WAYS_TO_SAVE = {
+    "parameters": torch.nn.Parameter,
+    "transposed": lambda weight: weight.t().contiguous().t(),
+    "parts of a larger tensor": lambda weight: torch.cat([weight, weight])[: len(weight)],
+    "half precision": lambda weight: weight.half(),
+}
+
+
+@pytest.mark.parametrize("edit", WAYS_TO_SAVE.values(), ids=WAYS_TO_SAVE)
+def test_pickled_weights_however_they_were_saved(tmp_path, edit):
+    theirs = random_hugging_face_model(tie_word_embeddings=True, num_key_value_heads=2)
+    write_pickled(tmp_path / "pickled", theirs, 2, edit=edit)
+    theirs.load_state_dict({name: edit(weight).float() for name, weight in theirs.state_dict().items()})
+    theirs.save_pretrained(tmp_path / "safetensors")
+    write_llama3_tokenizer(tmp_path / "safetensors" / "tokenizer.model")
+    model = load(tmp_path / "pickled")
+    assert same_weights(model, load(tmp_path / "safetensors"))
+    assert model.output.weight is model.tok_embeddings.weight
+    assert all(weight.is_leaf and weight.is_contiguous() for weight in model.parameters())
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_each_rank_reads_its_part_of_pickled_weights(tmp_path, monkeypatch, size):
+    theirs = random_hugging_face_model(num_key_value_heads=2)
+    write_pickled(tmp_path, theirs, 3)
+    with monkeypatch.context() as patch:
+        outputs = Ranks(patch, size).run(lambda: load(tmp_path)(TOKENS))
+    with torch.no_grad():
+        assert torch.allclose(outputs[-1], theirs(TOKENS).logits, atol=1e-4)
+    checkpoint = open_checkpoint(tmp_path)
+    name = "layers.0.feed_forward.w1.weight"
+    whole, part = checkpoint.read(name, 0, 0, 192), checkpoint.read(name, 0, 10, 20)
+    assert part.data_ptr() == whole.data_ptr() + 10 * 128 * 4  # a view of the mapping
+
+
+def test_safetensors_go_before_pickled_weights(tmp_path):
+    write_pickled(tmp_path, random_hugging_face_model(seed=1))
+    pickled = load(tmp_path)
+    write_hugging_face(tmp_path, max_shard_size="200KB")
+    (tmp_path / "pytorch_model.bin.index.json").write_text("not read")
+    with torch.no_grad():
+        assert torch.allclose(load(tmp_path)(TOKENS), hugging_face_logits(tmp_path, TOKENS), atol=1e-4)
+    assert not same_weights(load(tmp_path), pickled)
+
+
+UNUSABLE_PICKLED = {
+    "a missing file": (lambda f: (f / "pytorch_model-00002-of-00003.bin").unlink(), r"00002-of-00003\.bin' does not"),
+    "a truncated file": (
+        lambda f: cut(f / "pytorch_model-00002-of-00003.bin"),
+        r"00002-of-00003\.bin \(\d+ bytes\) is",
+    ),
+    "a hostile file": (
+        lambda f: torch.save({"model.norm.weight": os.mkdir}, f / "pytorch_model-00002-of-00003.bin"),
+        r"00002-of-00003\.bin would call posix\.mkdir while it is read",
+    ),
+    "a file elsewhere": (
+        lambda f: edit_index(f, lambda m: m.update({"model.norm.weight": "../x.bin"})),
+        r"model\.norm\.weight is in '\.\./x\.bin', which can't be a file of this folder",
+    ),
+    "a file of another kind": (
+        lambda f: edit_index(f, lambda m: m.update({"model.norm.weight": "x.safetensors"})),
+        r"model\.norm\.weight is in 'x\.safetensors', which can't be",
+    ),
+    "a tensor that isn't in its file": (
+        lambda f: edit_index(f, lambda m: m.update({"x.weight": "pytorch_model-00001-of-00003.bin"})),
+        r"bin\.index\.json: x\.weight should be in .*pytorch_model-00001-of-00003\.bin, but isn't",
+    ),
+    "a missing tensor": (
+        lambda f: edit_index(f, lambda m: m.pop("model.norm.weight")),
+        r"missing: norm\.weight \(128,\)",
+    ),
+    "no index": (lambda f: (f / "pytorch_model.bin.index.json").unlink(), r"bin\.index\.json isn't"),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="functions of the operating system have other names")
+@pytest.mark.parametrize(("damage", "message"), UNUSABLE_PICKLED.values(), ids=UNUSABLE_PICKLED)
+def test_unusable_folders_of_pickled_weights(tmp_path, damage, message):
+    damage(write_pickled(tmp_path, random_hugging_face_model(), 3))
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        Llama.build(tmp_path, None, 32, 1)
+    assert isinstance(error.value, AssertionError)
+    assert str(tmp_path) in str(error.value)
+
+
 def change_config(folder, file="config.json", **changes):
     """Change values of a JSON file; `...` removes a key."""
     config = json.loads((folder / file).read_text()) | changes
@@ -244,7 +370,7 @@ def folder(tmp_path_factory):
 
 
 def edit_index(folder, edit):
-    path = folder / "model.safetensors.index.json"
+    path = next(folder.glob("*.index.json"))
     index = json.loads(path.read_text())
     edit(index["weight_map"])
     path.write_text(json.dumps(index))
@@ -358,7 +484,7 @@ UNUSABLE = {
         lambda f: (f / "model-00002-of-00008.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
         r"model-00002-of-00008\.safetensors is a Git LFS pointer",
     ),
-    "integer weights": (lambda f: edit_shard(f, to_int8), r"model-00001.* is stored as I8, not as one of \['F64'"),
+    "integer weights": (lambda f: edit_shard(f, to_int8), r"model-00001.* is stored as torch\.int8, not as one of"),
     "an eos_token_id that is a string": (
         lambda f: change_config(f, "generation_config.json", eos_token_id="</s>"),
         r"generation_config\.json: eos_token_id is '</s>'; it must be a token id or a list",

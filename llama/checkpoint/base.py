@@ -3,7 +3,7 @@
 import functools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from llama.model_args import ModelArgs
 from llama.tokenizer import Tokenizer
 
 logger = logging.getLogger("llama")
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # that weights may have in a file
 
 
 @dataclass
@@ -66,6 +68,13 @@ class Settings:
                 self.advised_seq_len,
             )
         return args
+
+
+def check_dtypes(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise CheckpointError if one of the tensors in a file has another dtype than weights have."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(f"{path}: {name} is stored as {tensor.dtype}, not as one of {list(DTYPES)}")
 
 
 class Checkpoint(ABC):

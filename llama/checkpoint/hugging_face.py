@@ -1,4 +1,4 @@
-"""Hugging Face's layout: `config.json`, and `model.safetensors` or several files and their index."""
+"""Hugging Face's layout: `config.json`, and a file of weights or several and their index, as safetensors or pickled."""
 
 import math
 import re
@@ -10,8 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from llama.checkpoint.base import Checkpoint, Settings
+from llama.checkpoint.base import Checkpoint, Settings, check_dtypes
 from llama.checkpoint.parameters import network_name, parameter_shapes
+from llama.checkpoint.pickled_weights import open_pickled_weights
 from llama.checkpoint.staging import Staging
 from llama.device import dtype_name
 from llama.errors import CheckpointError, InputError
@@ -43,8 +44,10 @@ LAYER_PREFIX = "model.layers."
 ROTARY_WEIGHTS = ("attention.wq.weight", "attention.wk.weight")
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
+BIN_INDEX, BIN_WEIGHTS = "pytorch_model.bin.index.json", "pytorch_model.bin"
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# The file of all weights or the index of several, in the order in which they are looked for.
+WEIGHT_FILES = (WEIGHTS, INDEX, BIN_WEIGHTS, BIN_INDEX)
 
 # Further keys of a Llama's config.json -> the values that our network supports; where there are none, only null.
 SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
@@ -68,16 +71,14 @@ class HuggingFaceCheckpoint(Checkpoint):
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.settings = read_config_json(folder / CONFIG)
-        self._tensors: dict[str, tuple[Path, Any]] = {}  # name in our network -> its file, and safetensors' slice of it
+        self._tensors: dict[str, torch.Tensor] = {}
         for path, names in self._files().items():
-            file = open_safetensors(path)
-            for name in file.keys() if names is None else names:
+            tensors = open_weights(path)
+            for name in tensors if names is None else names:
+                if name not in tensors:
+                    raise CheckpointError(f"{find_weights(folder)}: {name} should be in {path}, but isn't")
                 if not name.endswith(".rotary_emb.inv_freq"):  # a table in old files, which our network computes
-                    try:
-                        tensor = file.get_slice(name)
-                    except Exception as error:
-                        raise CheckpointError(f"{folder / INDEX}: {name} should be in {path}: {error}") from error
-                    self._tensors[network_name(name, LAYER_PREFIX, NAMES)] = path, tensor
+                    self._tensors[network_name(name, LAYER_PREFIX, NAMES)] = tensors[name]
         params = self.settings.params
         if params["tie_embeddings"] is None:  # config.json doesn't say
             params["tie_embeddings"] = "output.weight" not in self._tensors
@@ -86,40 +87,36 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def _files(self) -> dict[Path, list[str] | None]:
         """The files of weights, each with the names of its tensors to use; None for all that are in it."""
-        if (self.path / WEIGHTS).exists():
-            return {self.path / WEIGHTS: None}
-        index = Metadata(self.path / INDEX, read_json(self.path / INDEX))
+        path = find_weights(self.path) or require_path(self.path / WEIGHTS, "the file of weights")
+        if path.suffix != ".json":
+            return {path: None}
+        index = Metadata(path, read_json(path))
+        suffix = Path(path.name.removesuffix(".index.json")).suffix
         files: dict[Path, list[str] | None] = {}
         for name, file in index.get("weight_map", dict).items():
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise CheckpointError(f"{index.path}: {name} is in {file!r}, which can't be a file of this folder")
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(suffix):
+                raise CheckpointError(f"{path}: {name} is in {file!r:.80}, which can't be a file of this folder")
             names = files.setdefault(self.path / file, [])
             if names is not None:
                 names.append(name)
         return files
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.get_shape()) for name, (_, tensor) in self._tensors.items()}
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def dtypes(self) -> Iterable[torch.dtype]:
-        return (self._dtype(name) for name in self._tensors)
-
-    def _dtype(self, name: str) -> torch.dtype:
-        path, tensor = self._tensors[name]
-        if tensor.get_dtype() not in DTYPES:
-            raise CheckpointError(f"{path}: {name} is stored as {tensor.get_dtype()}, not as one of {list(DTYPES)}")
-        return DTYPES[tensor.get_dtype()]
+        return (tensor.dtype for tensor in self._tensors.values())
 
     def read(self, name: str, axis: int | None, start: int, stop: int) -> torch.Tensor:
-        self._dtype(name)  # raises if it is not supported
-        tensor = self._tensors[name][1]
+        tensor = self._tensors[name]
+        if axis is None:
+            return tensor
         if axis == 0 and name.endswith(ROTARY_WEIGHTS):
             head_size = ModelArgs(**self.settings.params).head_size
             first = start // head_size * head_size  # the rows of a head are reordered together
             heads = to_adjacent_pairs(tensor[first : -(-stop // head_size) * head_size], head_size)
             return heads[start - first : stop - first]
-        part: torch.Tensor = tensor[:] if axis is None else tensor[start:stop] if axis == 0 else tensor[:, start:stop]
-        return part
+        return tensor.narrow(axis, start, stop - start)
 
     def tokenizer(self) -> Tokenizer:
         json_path, path = self.path / "tokenizer.json", self.path / "tokenizer.model"
@@ -148,23 +145,33 @@ def to_half_split(weight: torch.Tensor, head_size: int) -> torch.Tensor:
     return weight.reshape(-1, head_size // 2, 2, weight.shape[-1]).transpose(1, 2).flatten(0, 2)
 
 
-def open_safetensors(path: Path) -> Any:
-    """Open a `.safetensors` file memory-mapped; safetensors checks its header against its size.
+def find_weights(folder: Path) -> Path | None:
+    """The file of weights in a folder, or the index of several; safetensors first. None if there are none."""
+    return next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
+
+
+def open_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a `.safetensors` file, or else of a pickled one, by their names in the file; memory-mapped.
 
     Raises:
         MissingFileError: no such file.
-        CheckpointError: not a safetensors file, or a damaged one.
+        CheckpointError: a damaged or hostile file, or one with tensors of another dtype than weights have.
         MemoryError: the system refuses to map so large a file.
     """
     head = first_bytes(require_path(path, "the file of weights"))
+    if path.suffix != ".safetensors":
+        return open_pickled_weights(path)
     try:
-        return safe_open(path, framework="pt", device="cpu")
+        with safe_open(path, framework="pt", device="cpu") as file:  # checks its header against its size
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise_if_unmappable(path, error)
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is damaged or cut short, or not a safetensors file: {error}; it "
             f"begins with {head[:16]!r}"
         ) from error
+    check_dtypes(path, tensors)
+    return tensors
 
 
 def read_config_json(path: Path) -> Settings:

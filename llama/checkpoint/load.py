@@ -24,8 +24,8 @@ def open_checkpoint(ckpt_dir: str | Path | Checkpoint) -> Checkpoint:
 
     Args:
         ckpt_dir: a folder with `*.pth` files and a `params.json` (Meta's layout); one with `config.json` and
-            `*.safetensors` (Hugging Face's); a `*.gguf` file, or a folder with one or with all files of a split one. A
-            checkpoint that is already open is returned as it is.
+            `*.safetensors` or `pytorch_model*.bin` (Hugging Face's); a `*.gguf` file, or a folder with one or with all
+            files of a split one. A checkpoint that is already open is returned as it is.
 
     Raises:
         MissingFileError: nothing exists there, or no checkpoint is in the folder; the message lists what is.
@@ -40,7 +40,7 @@ def open_checkpoint(ckpt_dir: str | Path | Checkpoint) -> Checkpoint:
         return GGUFCheckpoint(path)
     if any(path.glob("*.pth")) and (path / "params.json").exists():
         return MetaCheckpoint(path)
-    if (path / hugging_face.WEIGHTS).exists() or (path / hugging_face.INDEX).exists():
+    if hugging_face.find_weights(path) is not None:
         return HuggingFaceCheckpoint(path)
     gguf_files = sorted(path.glob("*.gguf"))
     if len({model_file_name(file) for file in gguf_files}) == 1:
@@ -48,8 +48,9 @@ def open_checkpoint(ckpt_dir: str | Path | Checkpoint) -> Checkpoint:
     if gguf_files:
         raise InputError(f"{path} holds {len(gguf_files)} GGUF files; pass one of them: {listing(path)}")
     raise MissingFileError(
-        f"no checkpoint in ckpt_dir={str(path)!r}: looked for *.pth with params.json, {hugging_face.WEIGHTS} (or its "
-        f"index) with {hugging_face.CONFIG}, or *.gguf, and found {listing(path)}{_hint(path)}"
+        f"no checkpoint in ckpt_dir={str(path)!r}: looked for *.pth with params.json, {hugging_face.WEIGHTS} or "
+        f"{hugging_face.BIN_WEIGHTS} (or an index) with {hugging_face.CONFIG}, or *.gguf, and found "
+        f"{listing(path)}{_hint(path)}"
     )
 
 
@@ -59,10 +60,9 @@ def _hint(path: Path) -> str:
         return f". Its folder original/ holds Meta's layout: pass ckpt_dir={str(path / 'original')!r}"
     if any(path.glob("*.pth")):
         return ". Files of weights are there, but their params.json isn't"
-    if any(path.glob("model-*.safetensors")):
-        return f". Files of weights are there, but their {hugging_face.INDEX} isn't"
-    if any(path.glob("pytorch_model*.bin")):
-        return ". pytorch_model*.bin isn't read: load it with transformers, and write it with save_pretrained"
+    for pattern, index in (("model-*.safetensors", hugging_face.INDEX), ("pytorch_model-*", hugging_face.BIN_INDEX)):
+        if any(path.glob(pattern)):
+            return f". Files of weights are there, but their {index} isn't"
     return ""
 
 

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from llama.checkpoint.base import check_dtypes
 from llama.errors import CheckpointError
 from llama.files import first_bytes, raise_if_unmappable
-
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # A list of 10,000 tensors takes 1 MB and 300,000 instructions.
 MAX_PICKLE_BYTES = 2**24
@@ -96,10 +95,9 @@ def open_pickled_weights(path: Path) -> dict[str, torch.Tensor]:
             raise CheckpointError(
                 f"{path} holds something other than named tensors: {name!r:.80} is a {type(tensor).__name__}"
             )
-        if tensor.dtype not in DTYPES:
-            raise CheckpointError(f"{path}: {name} is stored as {tensor.dtype}, not as one of {list(DTYPES)}")
         if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
             raise CheckpointError(f"{path}: {name} has shape {tuple(tensor.shape)}, larger than its data in the file")
+    check_dtypes(path, tensors)
     return {name: tensor.detach() for name, tensor in tensors.items()}  # a saved Parameter would ask for its gradient
 
 
