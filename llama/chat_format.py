@@ -4,45 +4,46 @@ The control tokens go in as ids, and what people write is always encoded as plai
 turn of its own.
 """
 
-import re
-from typing import NamedTuple
+from typing import cast
 
+from llama.chat_template import ChatTemplate, TemplateTokenizer
 from llama.dialog import Dialog, Message, Role, check_dialog
 from llama.errors import InputError
 from llama.protocols import TextTokenizer
+from llama.segments import Segment, encode_continued
 
 __all__ = ["ChatFormat", "Dialog", "Message", "Role", "Segment", "check_dialog", "encode_continued"]
-
-
-class Segment(NamedTuple):
-    """Successive tokens of a dialog. Those from the assistant are its contents, and the token that ends each."""
-
-    tokens: list[int]
-    from_assistant: bool
 
 
 class ChatFormat:
     """Turns a dialog into the prompt that asks for the assistant's next message.
 
-    `ChatFormat(tokenizer)` gives the format that the tokenizer's control tokens tell: `Llama3Format` if it has
-    `<|start_header_id|>`, `ChatMLFormat` if it has `<|im_start|>`, and `Llama2Format` if it has no special tokens.
+    `ChatFormat(tokenizer)` gives the format that the model was trained on: the chat template that its files carry
+    (`TemplateFormat`), or without one the format that the control tokens tell. That is `Llama3Format` if there is
+    `<|start_header_id|>`, `ChatMLFormat` if there is `<|im_start|>`, and `Llama2Format` if the tokenizer is
+    sentencepiece's or has no special tokens.
 
     Args:
         tokenizer: a `Tokenizer`, or anything with its `encode` and, but for Llama 2, `special_tokens`.
 
     Raises:
         InputError: the tokenizer has special tokens, but those of no known format.
+        CheckpointError: the chat template is not valid, or hostile.
     """
+
+    description: str  # for people: which format it is
 
     def __new__(cls, tokenizer: TextTokenizer | None = None) -> "ChatFormat":  # None: copy and pickle pass nothing
         if cls is ChatFormat:
-            special = getattr(tokenizer, "special_tokens", None)
-            if not special:
-                cls = Llama2Format
-            elif set(special) >= Llama3Format.TOKENS:
+            special = set(getattr(tokenizer, "special_tokens", ()))
+            if getattr(tokenizer, "chat_template", None) is not None:
+                cls = TemplateFormat
+            elif special >= Llama3Format.TOKENS:
                 cls = Llama3Format
-            elif set(special) >= ChatMLFormat.TOKENS:
+            elif special >= ChatMLFormat.TOKENS:
                 cls = ChatMLFormat
+            elif not special or getattr(tokenizer, "vocabulary", special) is None:
+                cls = Llama2Format
             else:
                 raise InputError(
                     f"no chat format is known for this tokenizer: it has neither {sorted(Llama3Format.TOKENS)} nor "
@@ -82,9 +83,27 @@ class ChatFormat:
         return self.tokenizer.encode(text, bos=False, eos=False)
 
 
+class TemplateFormat(ChatFormat):
+    """The chat template that the model's files carry."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        super().__init__(tokenizer)
+        self.template = ChatTemplate(cast(TemplateTokenizer, tokenizer))
+        self.description = f"the model's own template, from {self.template.origin}"
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        check_dialog(dialog)
+        return self.template.encode_prompt(dialog)
+
+    def encode_turns(self, dialog: Dialog) -> list[Segment]:
+        check_dialog(dialog)
+        return self.template.encode_turns(dialog)
+
+
 class Llama3Format(ChatFormat):
     """begin_of_text, then for each message: start_header role end_header, a blank line, the content, eot."""
 
+    description = "Llama 3"
     TOKENS = frozenset({"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"})
 
     def encode_header(self, message: Message) -> list[int]:
@@ -113,22 +132,10 @@ class Llama3Format(ChatFormat):
 
 
 class ChatMLFormat(ChatFormat):
-    """For each message: im_start, the role, a new line, the content, im_end, a new line.
+    """For each message: im_start, the role, a new line, the content, im_end, a new line."""
 
-    A dialog without a system message gets the one that the file's chat template gives it, if any.
-    """
-
+    description = "ChatML"
     TOKENS = frozenset({"<|im_start|>", "<|im_end|>"})
-
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        super().__init__(tokenizer)
-        default = re.search(
-            r"\[0\]\['role'\] != 'system'.*?<\|im_start\|>system(?:\n|\\n)(.*?)<\|im_end\|>",
-            getattr(tokenizer, "chat_template", None) or "",
-            re.DOTALL,
-        )
-        is_text = default is not None and not re.search(r"['\"{}]", default[1])  # and no expression of the template
-        self.default_system: str | None = default[1] if default is not None and is_text else None
 
     def encode_header(self, message: Message) -> list[int]:
         return [self.special_tokens["<|im_start|>"], *self._encode(message["role"] + "\n")]
@@ -139,14 +146,16 @@ class ChatMLFormat(ChatFormat):
         return [self.special_tokens["<|im_start|>"], *text, self.special_tokens["<|im_end|>"], *self._encode("\n")]
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        check_dialog(dialog)
         tokens: list[int] = []
-        for message in self._with_system(dialog):
+        for message in dialog:
             tokens += self.encode_message(message)
         return tokens + self.encode_header({"role": "assistant", "content": ""})
 
     def encode_turns(self, dialog: Dialog) -> list[Segment]:
+        check_dialog(dialog)
         segments: list[Segment] = []
-        for message in self._with_system(dialog):
+        for message in dialog:
             if message["role"] == "assistant":  # the content on its own, as it will be generated after the header
                 content = [*self._encode(message["content"]), self.special_tokens["<|im_end|>"]]
                 segments += [Segment(self.encode_header(message), False), Segment(content, True)]
@@ -155,12 +164,6 @@ class ChatMLFormat(ChatFormat):
                 segments.append(Segment(self.encode_message(message), False))
         return segments
 
-    def _with_system(self, dialog: Dialog) -> list[Message]:
-        check_dialog(dialog)
-        if self.default_system is None or dialog[0]["role"] == "system":
-            return [*dialog]
-        return [{"role": "system", "content": self.default_system}, *dialog]
-
 
 class Llama2Format(ChatFormat):
     """Each answered turn on its own as `[INST] user [/INST] answer `, between BOS and EOS; then the last `[INST]`.
@@ -168,6 +171,7 @@ class Llama2Format(ChatFormat):
     A system message is put into the first user message.
     """
 
+    description = "Llama 2"
     TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
     REFUSAL = "Error: special tags are not allowed as part of the prompt."
 
@@ -209,18 +213,3 @@ class Llama2Format(ChatFormat):
     def refusal(self, dialog: Dialog) -> str | None:
         has_tags = any(tag in message["content"] for message in dialog for tag in self.TAGS)
         return self.REFUSAL if has_tags else None
-
-
-def encode_continued(
-    tokenizer: TextTokenizer, text: str, continuation: str, *, bos: bool
-) -> tuple[list[int], list[int]]:
-    """The tokens of a text, and those of what follows it.
-
-    The first are those of the text alone, which is what generation starts from. Where the tokens of both together begin
-    with them, the second are the rest: sentencepiece would put a space before the continuation alone.
-    """
-    tokens = tokenizer.encode(text, bos=bos, eos=False)
-    together = tokenizer.encode(text + continuation, bos=bos, eos=False)
-    if together[: len(tokens)] == tokens:
-        return tokens, together[len(tokens) :]
-    return tokens, tokenizer.encode(continuation, bos=False, eos=False)

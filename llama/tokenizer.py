@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from llama.chat_format import ChatFormat
+from llama.chat_template import end_of_turn
 from llama.dialog import Dialog, Message, Role
 from llama.errors import InputError
 from llama.gguf_file import GGUFFile
 from llama.vocab import Vocabulary, open_vocabulary
+from llama.vocab.vocabulary import without_surrogates
 
 __all__ = ["ChatFormat", "Dialog", "Message", "Role", "Tokenizer"]
 
@@ -23,11 +25,13 @@ class Tokenizer:
     Attributes:
         n_words: vocabulary size; with Hugging Face's layout, the embedding's, which may be padded by `n_padding`.
         bos_id, eos_id: the ids that begin (None if there is none) and end a text.
-        pad_id: -1, which no model ever sees. stop_tokens: the ids at which generation ends.
+        pad_id: -1, which no model ever sees.
+        stop_tokens: the ids at which generation ends; the token that ends a turn in the chat template is one.
         special_tokens: name -> id of the tokens that no plain text encodes to (empty for Llama 2).
         add_bos: whether a text to complete begins with BOS.
-        chat_template: the Jinja template the file carries, or None.
+        chat_template: the Jinja template that the file or its neighbours carry, or None.
         vocabulary: the tokens' bytes and ranks; None for Llama 2.
+        engine: what encodes and decodes: a `BytePairTokenizer` or a `SentencePieceTokenizer` of `llama.vocab`.
 
     Raises:
         MissingFileError: no such file.
@@ -47,7 +51,8 @@ class Tokenizer:
         self.add_bos: bool = engine.add_bos
         self.chat_template: str | None = engine.chat_template
         self.vocabulary: Vocabulary | None = engine.vocabulary
-        self._engine = engine
+        self.engine = engine
+        self.stop_tokens |= end_of_turn(self)
 
     def encode(
         self,
@@ -72,8 +77,7 @@ class Tokenizer:
         """
         if not isinstance(s, str):
             raise InputError(f"encode takes a str, not {type(s).__name__}: {s!r:.80}")
-        text = s.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a surrogate pair becomes U+FFFD
-        ids = self._engine.encode(text, allowed_special, disallowed_special)
+        ids = self.engine.encode(without_surrogates(s), allowed_special, disallowed_special)
         if bos:
             if self.bos_id is None:
                 raise InputError("bos=True, but this vocabulary has no beginning-of-text token")
@@ -92,7 +96,7 @@ class Tokenizer:
         for i in ids:
             if not 0 <= i < self.n_words:
                 raise InputError(f"token id {i} is outside the vocabulary of {self.n_words} tokens")
-        return self._engine.decode([i for i in ids if i < self._engine.n_words])  # not n_padding
+        return self.engine.decode([i for i in ids if i < self.engine.n_words])  # not n_padding
 
     def token_text(self, token: int) -> str:
         """What one token reads as: text, in which bytes that are no whole character stand as `\\xf0\\x9f`; or its name.
@@ -104,5 +108,5 @@ class Tokenizer:
         """
         if not 0 <= token < self.n_words:
             raise InputError(f"token id {token} is outside the vocabulary of {self.n_words} tokens")
-        known = self._engine.token_bytes(token) if token < self._engine.n_words else None
+        known = self.engine.token_bytes(token) if token < self.engine.n_words else None
         return f"<|unused_{token}|>" if known is None else known.decode("utf-8", "backslashreplace")

@@ -8,7 +8,7 @@ import tokenizers
 from conftest import ScriptedModel, ScriptedTokenizer
 
 from llama import ChatFormat, Llama
-from llama.chat_format import ChatMLFormat, Llama2Format, Llama3Format
+from llama.chat_format import ChatMLFormat, Llama2Format, Llama3Format, TemplateFormat
 from llama.tokenizer import ChatFormat as ChatFormatOfTheTokenizerModule
 
 
@@ -33,6 +33,10 @@ def test_the_tokenizer_s_control_tokens_decide_on_the_format(llama2, llama3):
     assert type(ChatFormat(llama2)) is Llama2Format
     assert type(ChatFormat(ScriptedTokenizer())) is Llama2Format
     assert ChatFormatOfTheTokenizerModule is ChatFormat
+    with_template = copy.copy(llama3)
+    with_template.chat_template = "{{ messages[0].content }}"  # the file's own, whatever tokens there are
+    assert type(ChatFormat(with_template)) is TemplateFormat
+    assert ChatFormat(with_template).encode_dialog_prompt([user("the")]) == encode(llama3, "the")
     unknown = ScriptedTokenizer()
     unknown.special_tokens = {"<|endoftext|>": 3}
     llama = Llama(ScriptedModel(), unknown)
@@ -79,10 +83,9 @@ def test_llama3(llama3):
 
 @pytest.fixture
 def chatml(llama3):
-    """The tiny Llama 3 tokenizer with ChatML's control tokens, and a template with a default system message."""
+    """The tiny Llama 3 tokenizer with ChatML's control tokens."""
     tokenizer = copy.copy(llama3)
     tokenizer.special_tokens = {"<|im_start|>": 300, "<|im_end|>": 301}
-    tokenizer.chat_template = "… [0]['role'] != 'system' … <|im_start|>system\\nbe kind<|im_end|> …"
     return tokenizer
 
 
@@ -94,15 +97,10 @@ def test_chatml(chatml):
     assert type(formatter) is ChatMLFormat
     end = [300, *encode(chatml, "assistant\n")]
     tokens = formatter.encode_dialog_prompt([user(" the "), assistant("in"), user("x")])
-    turns = ("system\nbe kind", "user\n the ", "assistant\nin", "user\nx")
+    turns = ("user\n the ", "assistant\nin", "user\nx")
     assert tokens == [token for turn in turns for token in message(turn)] + end
     tokens = formatter.encode_dialog_prompt([system("hi"), user("x")])
     assert tokens == message("system\nhi") + message("user\nx") + end
-
-
-def test_a_default_system_message_that_is_an_expression_of_the_template(chatml):
-    chatml.chat_template = "… [0]['role'] != 'system' … '<|im_start|>system\\n' + default + '<|im_end|>' …"
-    assert ChatFormat(chatml).default_system is None
 
 
 @pytest.mark.parametrize("family", ["llama3", "llama2", "chatml"])
@@ -177,14 +175,18 @@ def test_llama2_refuses_only_the_dialog_that_holds_a_tag(tag):
         [user("bonjour é 🙂"), assistant("你好")],
     ],
 )
-def test_chatml_equals_the_files_own_template(smollm, hugging_face_smollm, dialog):
+def test_the_default_model_s_own_template(smollm, hugging_face_smollm, dialog):
     text = jinja2.Template(smollm.chat_template).render(messages=dialog, add_generation_prompt=True)
     engine = tokenizers.Tokenizer.from_str(hugging_face_smollm.to_str())
     engine.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     formatter = ChatFormat(smollm)
-    assert type(formatter) is ChatMLFormat
-    assert formatter.default_system == "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    assert formatter.encode_dialog_prompt(dialog) == engine.encode(text).ids
+    assert type(formatter) is TemplateFormat
+    tokens = formatter.encode_dialog_prompt(dialog)
+    assert tokens == engine.encode(text).ids
+    system_message = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    assert (system_message in smollm.decode(tokens)) == (dialog[0]["role"] != "system")
+    if dialog[0]["role"] == "system":
+        assert ChatMLFormat(smollm).encode_dialog_prompt(dialog) == tokens
 
 
 @pytest.mark.real

@@ -96,3 +96,8 @@ def gpt2_characters() -> list[str]:
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     substitutes = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(substitutes)) for byte in range(256)]
+
+
+def without_surrogates(text: str) -> str:
+    """The text with U+FFFD in place of every half of a surrogate pair, which UTF-8 can't encode."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
