@@ -113,8 +113,14 @@ def test_the_ids_are_those_of_the_original(tmp_path, train, options):
     original = train(**options)
     processor = read_back(tmp_path, as_converted(original))
     check_the_same(processor, original)
-    for i, piece in enumerate(original.pieces):
-        assert (processor.id_to_piece(i), processor.get_score(i)) == (piece.piece, piece.score)
+    copy = ModelProto.FromString(processor.serialized_model_proto())
+    pieces = [[(piece.piece, piece.score, piece.type) for piece in proto.pieces] for proto in (copy, original)]
+    assert pieces[0] == pieces[1]
+    for name in ("model_type", "vocab_size", "byte_fallback"):
+        assert getattr(copy.trainer_spec, name) == getattr(original.trainer_spec, name)
+    for name in ("unk", "bos", "eos"):
+        assert getattr(copy.trainer_spec, f"{name}_id") == getattr(original.trainer_spec, f"{name}_id")
+        assert getattr(copy.trainer_spec, f"{name}_piece") == getattr(original.trainer_spec, f"{name}_piece")
 
 
 def test_unused_pieces(tmp_path, original):
@@ -155,6 +161,20 @@ def test_what_tokenizer_config_json_changes(tmp_path, original):
     check_the_same(read_back(tmp_path, metadata), original)
 
 
+def test_spaces_in_added_tokens(tmp_path, original):
+    """They are escaped only in user-defined pieces, and only if that makes none of the others."""
+    metadata = as_converted(original)
+    assert "▁the" in metadata["tokens"]
+    added = {"<a b>": USER_DEFINED, " the": USER_DEFINED, "<a control>": CONTROL}
+    metadata["tokens"] += list(added)
+    metadata["token_type"] += added.values()
+    metadata["scores"] += [-1000.0] * 3
+    processor = read_back(tmp_path, metadata)
+    assert [processor.id_to_piece(i) for i in (800, 801, 802)] == ["<a▁b>", " the", "<a control>"]
+    assert processor.encode("<a b>")[-1] == 800
+    check_the_same(processor, original)
+
+
 def test_what_metadata_need_not_say(tmp_path, original):
     metadata = as_converted(original)
     for key in ("bos_token_id", "eos_token_id", "unknown_token_id", "add_space_prefix", "remove_extra_whitespaces"):
@@ -176,7 +196,10 @@ REFUSED = {
     "scores that are texts": (lambda m: {"scores": m["tokens"]}, "the scores of its 800 tokens are not all finite"),
     "a score that is no number": (lambda m: {"scores": item(m["scores"], at_700=float("nan"))}, "not all finite"),
     "an infinite score": (lambda m: {"scores": item(m["scores"], at_700=float("-inf"))}, "not all finite"),
-    "the same score for all": (lambda m: {"scores": [-1000.0] * 800}, "the same score, -1000.0, .* tokenizer_path"),
+    "the same score for all": (
+        lambda m: {"scores": [-1000.0 if len(token) > 1 else 0.0 for token in m["tokens"]]},
+        "the same score, -1000.0, .* tokenizer_path",
+    ),
     "tokens that are numbers": (lambda m: {"tokens": m["token_type"]}, "tokens are not different texts"),
     "an empty token": (lambda m: {"tokens": item(m["tokens"], at_700="")}, "not different texts, none of them empty"),
     "a token twice": (lambda m: {"tokens": item(m["tokens"], at_700=m["tokens"][701])}, "not different texts"),

@@ -59,7 +59,7 @@ def _read_pieces(file: GGUFFile) -> tuple[list[str], list[float], list[int]]:
     tokens, scores, types = (
         list(file.get(f"tokenizer.ggml.{key}", list)) for key in ("tokens", "scores", "token_type")
     )
-    if not len(tokens) == len(scores) == len(types) > 0:
+    if not len(tokens) == len(scores) == len(types):
         raise CheckpointError(f"{path}: {len(tokens)} tokens, {len(scores)} scores, {len(types)} token types")
     if not all(isinstance(token, str) and token for token in tokens) or len(set(tokens)) < len(tokens):
         raise CheckpointError(f"{path}: its {len(tokens)} tokens are not different texts, none of them empty")
@@ -73,7 +73,7 @@ def _read_pieces(file: GGUFFile) -> tuple[list[str], list[float], list[int]]:
     merged = [scores[i] for i, token in enumerate(tokens) if types[i] == NORMAL and len(token) > 1]
     if len(merged) > 1 and len(set(merged)) == 1:  # as some converters write them
         raise CheckpointError(
-            f"{path}: all tokens have the same score, {merged[0]}, so that the order of merges is unknown; pass the "
+            f"{path}: all merged tokens have the same score, {merged[0]}, so the order of merges is unknown; pass the "
             f"model's own tokenizer.model as tokenizer_path"
         )
     if UNKNOWN not in types:  # converters write CONTROL where tokenizer_config.json calls it special
