@@ -18,10 +18,9 @@ __all__ = ["ChatFormat", "Dialog", "Message", "Role", "Segment", "check_dialog",
 class ChatFormat:
     """Turns a dialog into the prompt that asks for the assistant's next message.
 
-    `ChatFormat(tokenizer)` gives the format that the model was trained on: the chat template that its files carry
-    (`TemplateFormat`), or without one the format that the control tokens tell. That is `Llama3Format` if there is
-    `<|start_header_id|>`, `ChatMLFormat` if there is `<|im_start|>`, and `Llama2Format` if the tokenizer is
-    sentencepiece's or has no special tokens.
+    `ChatFormat(tokenizer)` gives the chat template that the model's files carry (`TemplateFormat`), or without one the
+    format that the control tokens tell: `Llama3Format` if there is `<|start_header_id|>`, `ChatMLFormat` if there is
+    `<|im_start|>`, and `Llama2Format` if the tokenizer is sentencepiece's or has no special tokens.
 
     Args:
         tokenizer: a `Tokenizer`, or anything with its `encode` and, but for Llama 2, `special_tokens`.
@@ -32,10 +31,11 @@ class ChatFormat:
     """
 
     description: str  # for people: which format it is
+    TOKENS: frozenset[str] = frozenset()  # the control tokens that it needs
 
     def __new__(cls, tokenizer: TextTokenizer | None = None) -> "ChatFormat":  # None: copy and pickle pass nothing
         if cls is ChatFormat:
-            special = set(getattr(tokenizer, "special_tokens", ()))
+            special = set(getattr(tokenizer, "special_tokens", None) or ())
             if getattr(tokenizer, "chat_template", None) is not None:
                 cls = TemplateFormat
             elif special >= Llama3Format.TOKENS:
@@ -54,6 +54,8 @@ class ChatFormat:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self.tokenizer = tokenizer
         self.special_tokens: dict[str, int] = getattr(tokenizer, "special_tokens", {})
+        if missing := self.TOKENS - set(self.special_tokens):
+            raise InputError(f"{self.description}'s chat format needs the special tokens {sorted(missing)}")
 
     def encode_header(self, message: Message) -> list[int]:
         """The tokens that begin a message: who speaks."""
@@ -213,3 +215,13 @@ class Llama2Format(ChatFormat):
     def refusal(self, dialog: Dialog) -> str | None:
         has_tags = any(tag in message["content"] for message in dialog for tag in self.TAGS)
         return self.REFUSAL if has_tags else None
+
+
+FORMATS: dict[str, type[ChatFormat]] = {"llama2": Llama2Format, "llama3": Llama3Format, "chatml": ChatMLFormat}
+
+
+def named_format(name: str, tokenizer: TextTokenizer) -> ChatFormat:
+    """The format of this name in `FORMATS`; InputError if there is none, or the tokenizer lacks its control tokens."""
+    if name not in FORMATS:
+        raise InputError(f"chat_format={name!r} must be one of {list(FORMATS)}; without it, the model's own is used")
+    return FORMATS[name](tokenizer)

@@ -76,7 +76,9 @@ class Llama:
     @cached_property
     def formatter(self) -> DialogFormat:
         """How dialogs become prompts: made when first asked for, since not every tokenizer has a chat format."""
-        return ChatFormat(self.tokenizer)
+        formatter = ChatFormat(self.tokenizer)
+        logger.info("chat format: %s", formatter.description)
+        return formatter
 
     @staticmethod
     def build(

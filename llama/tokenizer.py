@@ -25,8 +25,7 @@ class Tokenizer:
     Attributes:
         n_words: vocabulary size; with Hugging Face's layout, the embedding's, which may be padded by `n_padding`.
         bos_id, eos_id: the ids that begin (None if there is none) and end a text.
-        pad_id: -1, which no model ever sees.
-        stop_tokens: the ids at which generation ends; the token that ends a turn in the chat template is one.
+        pad_id: -1, which no model ever sees. stop_tokens: the ids at which generation ends, or a turn of a chat.
         special_tokens: name -> id of the tokens that no plain text encodes to (empty for Llama 2).
         add_bos: whether a text to complete begins with BOS.
         chat_template: the Jinja template that the file or its neighbours carry, or None.

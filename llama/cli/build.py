@@ -2,6 +2,7 @@
 
 import secrets
 
+from llama.chat_format import named_format
 from llama.checkpoint import open_checkpoint
 from llama.default_model import default_checkpoint
 from llama.device import dtype_named
@@ -11,7 +12,12 @@ DEFAULT_MAX_SEQ_LEN = 4096  # tokens
 
 
 def build_llama(
-    ckpt_dir: str | None, tokenizer_path: str | None, max_seq_len: int | None, dtype: str | None, seed: int | None
+    ckpt_dir: str | None,
+    tokenizer_path: str | None,
+    max_seq_len: int | None,
+    dtype: str | None,
+    seed: int | None,
+    chat_format: str | None = None,
 ) -> Llama:
     """Build a `Llama` for one prompt at a time, from a command's options.
 
@@ -22,6 +28,7 @@ def build_llama(
             smaller.
         dtype: the name of a dtype; None for the default of the device.
         seed: the random seed; None for a different one each time.
+        chat_format: the name of a chat format; None for the model's own.
 
     Raises:
         See `Llama.build`.
@@ -31,7 +38,7 @@ def build_llama(
     if max_seq_len is None:
         model_maximum = checkpoint.settings.params.get("max_position_embeddings")
         max_seq_len = min(DEFAULT_MAX_SEQ_LEN, model_maximum or DEFAULT_MAX_SEQ_LEN)
-    return Llama.build(
+    llama = Llama.build(
         checkpoint,
         tokenizer_path,
         max_seq_len,
@@ -39,3 +46,6 @@ def build_llama(
         seed=secrets.randbits(63) if seed is None else seed,
         dtype=torch_dtype,
     )
+    if chat_format is not None:
+        llama.formatter = named_format(chat_format, llama.tokenizer)
+    return llama

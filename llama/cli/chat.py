@@ -66,6 +66,7 @@ def chat(
     seed: int | None = None,
     max_seq_len: int | None = None,
     dtype: str | None = None,
+    chat_format: str | None = None,
 ) -> None:
     """Talk with a model. In the conversation, /help lists the commands.
 
@@ -84,10 +85,12 @@ def chat(
             model's own maximum if that is smaller
         dtype: float32, float16 or bfloat16; by default bfloat16 if the device supports it, else float16 on CUDA and
             float32 on the CPU
+        chat_format: llama2, llama3 or chatml; by default the chat template that the model's files carry, or without one
+            the format that its control tokens tell
     """
     # Checks the options before the model is loaded, which may take minutes.
     SamplingParams(1 if max_gen_len is None else max_gen_len, temperature, top_p, seed=seed)
-    llama = build_llama(ckpt_dir, tokenizer_path, max_seq_len, dtype, seed)
+    llama = build_llama(ckpt_dir, tokenizer_path, max_seq_len, dtype, seed, chat_format)
     formatter = cast(ChatFormat, llama.formatter)  # raises InputError if the model has no chat format
     broadcast_object = object_broadcaster()
     if not is_first_rank():
@@ -271,7 +274,9 @@ class Conversation:
             notify("(a new conversation)")
         elif name == "/system":
             others = [message for message in self.dialog if message["role"] != "system"]
-            self._replace_dialog([{"role": "system", "content": argument}, *others] if argument else others)
+            dialog: list[Message] = [{"role": "system", "content": argument}, *others] if argument else others
+            self._check_chat_format(dialog)
+            self._replace_dialog(dialog)
             notify("(the system message is set)" if argument else "(there is no system message)")
         elif name == "/temperature":
             self._set_temperature(argument)
@@ -283,6 +288,10 @@ class Conversation:
             self._print_stats()
         else:
             raise InputError(f"{name!r} is not a command; /help lists them. Two slashes begin a message")
+
+    def _check_chat_format(self, dialog: list[Message]) -> None:
+        """Raise InputError now, and not at the next message, if the chat format doesn't support these roles."""
+        self._prompt_length([*dialog, {"role": "user", "content": "?"}])
 
     def _replace_dialog(self, dialog: list[Message]) -> None:
         self.dialog, self.n_dropped, self.used_tokens = dialog, 0, 0
@@ -312,8 +321,7 @@ class Conversation:
             raise InputError(f"{path} is not a saved conversation: {error}") from None
         if dialog != []:
             check_dialog(dialog)
-            # Raises now, and not at the next message, if the chat format doesn't support this order of roles.
-            self._prompt_length([*dialog, {"role": "user", "content": "?"}])
+            self._check_chat_format(dialog)
         self._replace_dialog(dialog)
         self.own_files.add(path)
         notify(f"(loaded {len(dialog)} messages from {path})")

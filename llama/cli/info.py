@@ -4,19 +4,18 @@ from pathlib import Path
 
 import torch
 
-from llama.chat_format import ChatFormat, ChatMLFormat, Llama2Format, Llama3Format
+from llama.chat_format import ChatFormat, TemplateFormat
 from llama.checkpoint import Checkpoint, open_checkpoint, parameter_count, read_settings
 from llama.checkpoint.memory import LLAMA2_VOCAB_SIZE, cache_bytes, free_host_memory, weight_bytes
 from llama.default_model import default_checkpoint
 from llama.device import default_dtype, dtype_name, dtype_named
-from llama.errors import InputError, MissingFileError
+from llama.errors import CheckpointError, InputError, MissingFileError
 from llama.files import require_path
 from llama.model_args import ModelArgs
 from llama.sampling_params import check_number
 from llama.tokenizer import Tokenizer
 
 LLAMA3_VOCAB_SIZE = 128256
-CHAT_FORMAT_NAMES = {Llama2Format: "Llama 2", Llama3Format: "Llama 3", ChatMLFormat: "ChatML"}
 
 
 def info(
@@ -121,7 +120,11 @@ def describe_tokenizer(tokenizer: Tokenizer | None) -> dict[str, str]:
         return {"tokenizer": "not found", "chat format": "unknown without a tokenizer"}
     kind = "sentencepiece" if tokenizer.vocabulary is None else "byte-level BPE"
     try:
-        chat_format = CHAT_FORMAT_NAMES[type(ChatFormat(tokenizer))]
+        formatter = ChatFormat(tokenizer)
+        is_told_by_tokens = not isinstance(formatter, TemplateFormat)
+        chat_format = formatter.description + ", as its tokens tell: it comes with no template" * is_told_by_tokens
+    except CheckpointError as error:
+        chat_format = f"unusable: {error}"
     except InputError:
         chat_format = "none known"
     return {"tokenizer": f"{kind}, {tokenizer.n_words:,} tokens", "chat format": chat_format}

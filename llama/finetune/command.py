@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from llama import distributed
-from llama.chat_format import ChatFormat
+from llama.chat_format import ChatFormat, named_format
 from llama.checkpoint import check_tensors, load_model, open_checkpoint
 from llama.checkpoint.memory import is_out_of_memory
 from llama.default_model import default_checkpoint
@@ -44,6 +44,7 @@ def finetune(
     activation_checkpointing: bool = False,
     dtype: str | None = None,
     model_parallel_size: int | None = None,
+    chat_format: str | None = None,
 ) -> None:
     """Fine-tune a model on examples of prompts and answers, and write the result as a checkpoint.
 
@@ -77,6 +78,8 @@ def finetune(
             supports it, else float32
         model_parallel_size: under torchrun, the number of processes that share one copy of the model; by default all.
             With fewer, there are several copies, and each trains on its own part of the examples
+        chat_format: llama2, llama3 or chatml; by default the chat template that the model's files carry, or without one
+            the format that its control tokens tell
     """
     params = TrainingParams(
         format=format,
@@ -104,7 +107,8 @@ def finetune(
     tokenizer = Tokenizer(tokenizer_path) if tokenizer_path is not None else checkpoint.tokenizer()
     args = checkpoint.settings.model_args(tokenizer.n_words, max_seq_len, max_batch_size=1)
     check_tensors(checkpoint, args)
-    examples = read_examples(data, tokenizer, chat_format(tokenizer) if format == "chat" else None, max_seq_len)
+    formatter = find_chat_format(tokenizer, chat_format) if format == "chat" else None
+    examples = read_examples(data, tokenizer, formatter, max_seq_len)
     truncated = [example.line for example in examples if example.n_truncated]
     if truncated:
         logger.warning(
@@ -127,6 +131,7 @@ def finetune(
             "tokenizer_path": None if tokenizer_path is None else str(tokenizer_path),
             "data": hashlib.sha256(Path(data).read_bytes()).hexdigest(),
             "dtype": dtype_name(torch_dtype),
+            "chat_format": chat_format,
             "model_parallel_size": distributed.model_parallel_size(),
             "copies": distributed.data_parallel_size(),
         },
@@ -145,9 +150,11 @@ def finetune(
     folder.finish(model, tokenizer)
 
 
-def chat_format(tokenizer: Tokenizer) -> ChatFormat:
-    """Return the chat format of a tokenizer's model."""
+def find_chat_format(tokenizer: Tokenizer, name: str | None) -> ChatFormat:
+    """The chat format of this name, or of the tokenizer's model."""
     try:
-        return ChatFormat(tokenizer)
+        formatter = ChatFormat(tokenizer) if name is None else named_format(name, tokenizer)
     except InputError as error:
         raise InputError(f"{error}; or train with --format plain") from error
+    logger.info("chat format: %s", formatter.description)
+    return formatter
