@@ -127,7 +127,7 @@ def test_chat_templates_in_other_places(folder, tmp_path):
     assert Tokenizer(path).chat_template == "in a file"
     change(folder, tmp_path, lambda c: None, "tokenizer_config.json")
     tokenizer = Tokenizer(path)  # with a template in both files
-    assert (tokenizer.chat_template, tokenizer.chat_template_source) == ("in a file", "chat_template.jinja")
+    assert (tokenizer.chat_template, tokenizer.engine.chat_template_source) == ("in a file", "chat_template.jinja")
 
 
 def test_added_tokens_that_are_not_special(folder, tmp_path):

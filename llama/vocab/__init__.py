@@ -38,12 +38,12 @@ def open_vocabulary(model_path: str | Path | GGUFFile) -> BytePairTokenizer | Se
         return BytePairTokenizer(read_gguf_vocabulary(GGUFFile(path)), path)
     if head.lstrip().startswith(b"{"):
         return BytePairTokenizer(read_tokenizer_json(path), path)
-    if is_tiktoken_file(head):
-        vocabulary = read_tiktoken_file(path)
-        return BytePairTokenizer(vocabulary, path)
-    # Files that `save_checkpoint` has written beside a tokenizer in Meta's layout count; those of a download of Hugging
-    # Face's layout with Meta's files in it don't.
+    # Meta's own folders have no such files; what else stands there may be that of another download.
     is_meta = (path.parent / "params.json").exists()
+    if is_tiktoken_file(head):
+        config = TokenizerConfig() if is_meta else read_tokenizer_config(path.parent)
+        return BytePairTokenizer(read_tiktoken_file(path, config), path)
+    # `save_checkpoint` writes them beside a sentencepiece model in Meta's layout, but no config.json.
     is_mixed = is_meta and (path.parent / "config.json").exists()
     config = TokenizerConfig() if is_mixed else read_tokenizer_config(path.parent)
     return SentencePieceTokenizer(path.read_bytes(), path, config)

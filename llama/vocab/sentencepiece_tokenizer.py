@@ -72,10 +72,9 @@ class SentencePieceTokenizer:
         self._splitter = AddedTokenSplitter(self.added_tokens)
         self.n_words: int = max(len(pieces), *(token.id + 1 for token in self.added_tokens))
 
-        names = {"bos_token": self.model.bos_id(), "eos_token": self.model.eos_id(), "unk_token": self.model.unk_id()}
-        self.template_tokens = {name: pieces[i] for name, i in names.items() if i >= 0} | config.template_tokens()
-        for name in config.named_tokens.keys() - config.template_tokens().keys():
-            self.template_tokens.pop(name, None)
+        own_names = {"bos_token": self.model.bos_id(), "eos_token": self.model.eos_id()}
+        own_names["unk_token"] = self.model.unk_id()
+        self.template_tokens = config.template_tokens(**{name: pieces[i] for name, i in own_names.items() if i >= 0})
         ids = {token.content: token.id for token in self.added_tokens}
         self.bos_id = ids.get(self.template_tokens.get("bos_token", ""))
         self.eos_id: int = ids.get(self.template_tokens.get("eos_token", ""), self.model.eos_id())

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from llama.errors import CheckpointError
 from llama.vocab.added_tokens import AddedToken
-from llama.vocab.vocabulary import LLAMA3_PATTERN, Vocabulary
+from llama.vocab.tokenizer_config import TokenizerConfig
+from llama.vocab.vocabulary import END_TOKENS, LLAMA3_PATTERN, Vocabulary
 
 # The file doesn't list them: they follow its ranks, in this order.
 LLAMA3_SPECIAL_TOKENS = [
@@ -30,12 +31,17 @@ def is_tiktoken_file(head: bytes) -> bool:
     return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", head) is not None
 
 
-def read_tiktoken_file(path: Path) -> Vocabulary:
+def read_tiktoken_file(path: Path, config: TokenizerConfig | None = None) -> Vocabulary:
     """The vocabulary in a `tokenizer.model` of Llama 3's kind, with Llama 3's special tokens and pattern.
 
+    Args:
+        path: the file.
+        config: what other files say of it. They may give other names to Llama 3's special tokens.
+
     Raises:
-        CheckpointError: a damaged file.
+        CheckpointError: a damaged file, or another than `config` is about.
     """
+    config = config or TokenizerConfig()
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line:
@@ -53,15 +59,32 @@ def read_tiktoken_file(path: Path) -> Vocabulary:
     if missing:
         raise CheckpointError(f"{path} has no token for the byte(s) {missing[:8]}: the file is damaged or cut")
 
-    special = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL_TOKENS)}
+    listed_ids = {token.id for token in config.added_tokens}
+    listed_names = {token.content for token in config.added_tokens}
+    own_tokens = [AddedToken(name, len(ranks) + i) for i, name in enumerate(LLAMA3_SPECIAL_TOKENS)]
+    added_tokens = config.merge_added_tokens(
+        (token for token in own_tokens if token.id not in listed_ids and token.content not in listed_names), {}, path
+    )
+    id_of = {token.content: token.id for token in added_tokens}
+    template_tokens = config.template_tokens(bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>")
+    bos_id, eos_id = id_of.get(template_tokens.get("bos_token", "")), id_of.get(template_tokens.get("eos_token", ""))
+    stop_tokens = config.eos_ids | {id_of[name] for name in END_TOKENS if name in id_of}
+    if eos_id is None or not stop_tokens <= {*ranks.values(), *id_of.values()}:
+        raise CheckpointError(
+            f"{path} lacks tokens that the files beside it name as ends of a text: "
+            f"{template_tokens.get('eos_token')!r:.80}, {sorted(stop_tokens)}"
+        )
     return Vocabulary(
         ranks,
-        tuple(AddedToken(name, i) for name, i in special.items()),
+        added_tokens,
         LLAMA3_PATTERN,
-        bos_id=special["<|begin_of_text|>"],
-        eos_id=special["<|end_of_text|>"],
-        stop_tokens={special["<|end_of_text|>"], special["<|eot_id|>"]},
-        template_tokens={"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
+        bos_id=bos_id,
+        eos_id=eos_id,
+        stop_tokens=stop_tokens | {eos_id},
+        add_bos=config.add_bos is not False and bos_id is not None,
+        chat_template=config.chat_template,
+        chat_template_source=config.chat_template_source,
+        template_tokens=template_tokens,
     )
 
 

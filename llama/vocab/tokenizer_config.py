@@ -59,9 +59,14 @@ class TokenizerConfig:
     add_prefix_space: bool = True
     vocab_size: int | None = None
 
-    def template_tokens(self) -> dict[str, str]:
-        """The tokens that chat templates know by name, as `bos_token` -> its text."""
-        return {name: token.content for name, token in self.named_tokens.items() if token is not None}
+    def template_tokens(self, **defaults: str) -> dict[str, str]:
+        """The tokens that chat templates know by name, as `bos_token` -> its text.
+
+        Args:
+            defaults: those of the tokenizer, where this configuration says nothing of them.
+        """
+        named = {name: None if token is None else token.content for name, token in self.named_tokens.items()}
+        return {name: content for name, content in {**defaults, **named}.items() if content is not None}
 
     def merge_added_tokens(
         self, tokens: Iterable[AddedToken], vocabulary: Mapping[str, int], path: Path
