@@ -73,7 +73,7 @@ class BytePairTokenizer:
         """
         return self.encode_parts(self.split(text, names_to_recognise(self.added_tokens, text, allowed, disallowed)))
 
-    def split(self, text: str, names: Names) -> list[str | int]:
+    def split(self, text: str, names: Names = "all") -> list[str | int]:
         """The text cut at the added tokens with these contents: see `AddedTokenSplitter.split`."""
         return self._splitter.split(text, names)
 

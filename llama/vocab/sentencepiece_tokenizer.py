@@ -108,7 +108,7 @@ class SentencePieceTokenizer:
         ids: list[int] = self.model.encode(text)
         return ids
 
-    def split(self, text: str, names: Names) -> list[str | int]:
+    def split(self, text: str, names: Names = "all") -> list[str | int]:
         """The text cut at the added tokens with these contents: see `AddedTokenSplitter.split`."""
         return self._splitter.split(text, names)
 
