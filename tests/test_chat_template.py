@@ -1,5 +1,6 @@
 """Chat templates: the same token ids as transformers, but no message can spell a control token."""
 
+import copy
 import json
 import random
 
@@ -278,3 +279,31 @@ def test_json_of_the_template_is_read_as_it_stands(tmp_path):
     assert (
         json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] == Tokenizer(path).chat_template
     )
+
+
+def test_damaged_templates_raise_our_exceptions(llama3):
+    """Parts of the templates removed, doubled, and swapped for parts of others, or for characters that Jinja knows."""
+    generator = random.Random(11)
+    sources = [style.template for style in STYLES.values()]
+    tokenizer = copy.copy(llama3)
+    dialog = random_dialog(generator, 2)
+    n_encoded = 0
+    for _ in range(300):
+        source = generator.choice(sources)
+        for _ in range(generator.randrange(1, 4)):
+            begin = generator.randrange(len(source))
+            end = begin + generator.randrange(40)
+            other = generator.choice(sources)
+            cut = generator.randrange(len(other))
+            part = generator.choice(
+                ("", source[begin:end] * 2, other[cut : cut + 30], "{%", "%}", "{{", "'", "[", "|", ".")
+            )
+            source = source[:begin] + part + source[end:]
+        tokenizer.chat_template = source
+        try:
+            tokens = ChatFormat(tokenizer).encode_dialog_prompt(dialog)
+        except InputError:
+            continue
+        n_encoded += 1
+        assert all(0 <= token < tokenizer.n_words for token in tokens)
+    assert 0 < n_encoded < 300
