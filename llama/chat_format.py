@@ -220,8 +220,8 @@ class Llama2Format(ChatFormat):
 FORMATS: dict[str, type[ChatFormat]] = {"llama2": Llama2Format, "llama3": Llama3Format, "chatml": ChatMLFormat}
 
 
-def named_format(name: str, tokenizer: TextTokenizer) -> ChatFormat:
-    """The format of this name in `FORMATS`; InputError if there is none, or the tokenizer lacks its control tokens."""
+def named_format(name: str) -> type[ChatFormat]:
+    """The format of this name in `FORMATS`; InputError if there is none."""
     if name not in FORMATS:
         raise InputError(f"chat_format={name!r} must be one of {list(FORMATS)}; without it, the model's own is used")
-    return FORMATS[name](tokenizer)
+    return FORMATS[name]

@@ -10,10 +10,13 @@ import time
 
 import pytest
 import torch
+from chat_templates import Style, write_folder
 from conftest import ROOT, tiny_model, write_llama2_tokenizer, write_llama3_tokenizer, write_meta_checkpoint
 from run_command import Runner
 
 from llama import Llama, Tokenizer
+from llama.chat_format import Llama2Format
+from llama.checkpoint import save_checkpoint
 from llama.cli.terminal import escape_control_characters
 
 PROMPT = r"\x1b\[\?2004h.*?>"  # switches on bracketed paste, then the prompt at which to type
@@ -238,6 +241,49 @@ def test_a_format_that_refuses_dialogs(runner, tmp_path):
     assert len(result.stdout.strip()) > 0  # the answer to the last message
 
 
+WITHOUT_SYSTEM = """{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No system message, please') }}
+{% endif %}{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endfor %}"""
+
+
+@pytest.fixture
+def with_template(tmp_path):
+    """A chat model in Hugging Face's layout whose template refuses system messages."""
+    path = write_folder(tmp_path / "tokenizer", Style("sentencepiece", WITHOUT_SYSTEM))
+    tokenizer = Tokenizer(path)
+    save_checkpoint(tmp_path / "model", tiny_model(vocab_size=tokenizer.n_words), tokenizer, layout="hf")
+    return tmp_path / "model"
+
+
+def test_the_model_s_own_template(runner, caplog, with_template):
+    """It is used and named; what it refuses is said at once, and the conversation goes on."""
+    caplog.set_level("INFO")
+    options = ["--ckpt_dir", with_template, "--max_gen_len", 4, "--temperature", 0, "--dtype", "float32"]
+    result = chat(runner, ["/system be kind", "the user", "/stats"], *options)
+    assert result.returncode == 0, result.stderr
+    assert "the model's own template, from tokenizer_config.json" in caplog.text
+    assert "error: the model's chat template refuses the dialog: No system message, please" in result.stderr
+    assert "(the system message is set)" not in result.stderr
+    llama = Llama.build(with_template, None, 96, 1, dtype=torch.float32)
+    (prediction,) = llama.chat_completion([[{"role": "user", "content": "the user"}]], 0, max_gen_len=4)
+    assert result.stdout == prediction["generation"]["content"] + "\n"
+    result = chat(runner, ["the user"], *options, "--system", "be kind")
+    assert result.returncode == 1
+    assert result.stderr.endswith("error: the model's chat template refuses the dialog: No system message, please\n")
+
+
+def test_another_chat_format(runner, with_template):
+    options = ["--ckpt_dir", with_template, "--max_gen_len", 4, "--temperature", 0, "--dtype", "float32"]
+    result = chat(runner, ["/system be kind", "the user"], *options, "--chat_format", "llama2")
+    assert "(the system message is set)" in result.stderr
+    llama = Llama.build(with_template, None, 96, 1, dtype=torch.float32)
+    dialog = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "the user"}]
+    formatter = Llama2Format(llama.tokenizer)
+    (prediction,) = Llama(llama.model, llama.tokenizer, formatter=formatter).chat_completion([dialog], 0, max_gen_len=4)
+    assert result.stdout == prediction["generation"]["content"] + "\n"
+    result = chat(runner, ["the user"], *options, "--chat_format", "llama3")
+    assert "Llama 3's chat format needs the special tokens ['<|begin_of_text|>'," in result.stderr
+
+
 def test_files_that_are_not_conversations(runner, endless, tmp_path):
     """They are refused, and the conversation goes on."""
     (tmp_path / "surrogate.json").write_text('[{"role": "user", "content": "\\ud800"}]')
@@ -261,11 +307,12 @@ def test_control_characters_are_escaped():
     [
         (["--temperature", "-1"], "error: temperature=-1 must be a number of at least 0"),
         (["--seed", "x"], "error: seed='x' must be a whole number"),
+        (["--chat_format", "alpaca"], "error: chat_format='alpaca' must be one of ['llama2', 'llama3', 'chatml']"),
         (["--sytem", "x"], "error: llama chat: unknown option '--sytem'; did you mean --system?"),
     ],
 )
 def test_mistakes_are_found_before_the_model_is_loaded(runner, monkeypatch, options, message):
-    monkeypatch.setattr("llama.cli.chat.build_llama", None)
+    monkeypatch.setattr("llama.cli.build.open_checkpoint", None)
     result = runner.llama("chat", *options)
     assert result.returncode != 0
     assert result.stderr.startswith(message)

@@ -34,6 +34,7 @@ def build_llama(
         See `Llama.build`.
     """
     torch_dtype = dtype_named(dtype)
+    format_class = None if chat_format is None else named_format(chat_format)
     checkpoint = open_checkpoint(default_checkpoint() if ckpt_dir is None else ckpt_dir)
     if max_seq_len is None:
         model_maximum = checkpoint.settings.params.get("max_position_embeddings")
@@ -46,6 +47,6 @@ def build_llama(
         seed=secrets.randbits(63) if seed is None else seed,
         dtype=torch_dtype,
     )
-    if chat_format is not None:
-        llama.formatter = named_format(chat_format, llama.tokenizer)
+    if format_class is not None:
+        llama.formatter = format_class(llama.tokenizer)
     return llama

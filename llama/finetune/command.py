@@ -153,7 +153,7 @@ def finetune(
 def find_chat_format(tokenizer: Tokenizer, name: str | None) -> ChatFormat:
     """The chat format of this name, or of the tokenizer's model."""
     try:
-        formatter = ChatFormat(tokenizer) if name is None else named_format(name, tokenizer)
+        formatter = (ChatFormat if name is None else named_format(name))(tokenizer)
     except InputError as error:
         raise InputError(f"{error}; or train with --format plain") from error
     logger.info("chat format: %s", formatter.description)
