@@ -69,7 +69,8 @@ UNSUPPORTED = {
     "a negative rotary base": ({"llama.rope.freq_base": -5.0}, r"rope_theta=-5\.0 must be a number above 0"),
     "a missing key": ({"llama.embedding_length": ...}, "lacks 'llama.embedding_length'"),
     "a wrong type": ({"llama.block_count": "two"}, "llama.block_count is 'two', not of type int"),
-    "sentencepiece": ({"tokenizer.ggml.model": "llama"}, r"kind 'llama'.*pass the model's own tokenizer\.model"),
+    "another kind of tokenizer": ({"tokenizer.ggml.model": "t5"}, r"kind 't5'.*pass the model's own tokenizer as"),
+    "sentencepiece without scores": ({"tokenizer.ggml.model": "llama"}, r"lacks 'tokenizer\.ggml\.scores'"),
     "an unknown pre-tokenizer": (
         {"tokenizer.ggml.pre": "tekken"},
         r"pre is 'tekken', not one of \['gpt-2', 'llama-bpe'",

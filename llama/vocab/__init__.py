@@ -10,7 +10,8 @@ from llama.files import first_bytes, require_path
 from llama.gguf_file import GGUFFile
 from llama.vocab.added_tokens import AddedToken
 from llama.vocab.byte_pair_tokenizer import BytePairTokenizer
-from llama.vocab.gguf_vocabulary import read_gguf_vocabulary
+from llama.vocab.gguf_vocabulary import read_gguf_sentencepiece_config, read_gguf_vocabulary
+from llama.vocab.sentencepiece_proto import gguf_sentencepiece_proto
 from llama.vocab.sentencepiece_tokenizer import SentencePieceTokenizer
 from llama.vocab.tiktoken_file import is_tiktoken_file, read_tiktoken_file
 from llama.vocab.tokenizer_config import TokenizerConfig, read_tokenizer_config
@@ -31,11 +32,11 @@ def open_vocabulary(model_path: str | Path | GGUFFile) -> BytePairTokenizer | Se
         CheckpointError: not a tokenizer, or a damaged one.
     """
     if isinstance(model_path, GGUFFile):
-        return BytePairTokenizer(read_gguf_vocabulary(model_path), model_path.path)
+        return _open_gguf_vocabulary(model_path)
     path = require_path(model_path, "tokenizer_path")
     head = first_bytes(path)
     if head.startswith(b"GGUF"):
-        return BytePairTokenizer(read_gguf_vocabulary(GGUFFile(path)), path)
+        return _open_gguf_vocabulary(GGUFFile(path))
     if head.lstrip().startswith(b"{"):
         return BytePairTokenizer(read_tokenizer_json(path), path)
     # Meta's own folders have no such files; what else stands there may be that of another download.
@@ -47,3 +48,9 @@ def open_vocabulary(model_path: str | Path | GGUFFile) -> BytePairTokenizer | Se
     is_mixed = is_meta and (path.parent / "config.json").exists()
     config = TokenizerConfig() if is_mixed else read_tokenizer_config(path.parent)
     return SentencePieceTokenizer(path.read_bytes(), path, config)
+
+
+def _open_gguf_vocabulary(file: GGUFFile) -> BytePairTokenizer | SentencePieceTokenizer:
+    if file.get("tokenizer.ggml.model", str) == "llama":
+        return SentencePieceTokenizer(gguf_sentencepiece_proto(file), file.path, read_gguf_sentencepiece_config(file))
+    return BytePairTokenizer(read_gguf_vocabulary(file), file.path)

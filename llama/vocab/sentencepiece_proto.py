@@ -12,8 +12,9 @@ from llama.gguf_file import GGUFFile
 # Values of `tokenizer.ggml.token_type`, the same as sentencepiece's types of pieces.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
-# llama.cpp's ids where the metadata name none.
+# The ids where the metadata name none, as in llama.cpp, or those of added tokens, such as the end of a turn.
 UNKNOWN_ID, BOS_ID, EOS_ID = 0, 1, 2
+OWN_IDS = range(3)  # sentencepiece's own special pieces come first
 
 BPE = 2  # a value of TrainerSpec.model_type
 MAX_SCORE = 3.4e38
@@ -34,8 +35,9 @@ def gguf_sentencepiece_proto(file: GGUFFile) -> bytes:
     unknown_id = types.index(UNKNOWN)
     bos_id = file.get("tokenizer.ggml.bos_token_id", int, BOS_ID)
     eos_id = file.get("tokenizer.ggml.eos_token_id", int, EOS_ID)
-    if not all(0 <= i < len(tokens) for i in (bos_id, eos_id)):
+    if not all(0 <= i < len(tokens) for i in (bos_id, eos_id, *OWN_IDS)):
         raise CheckpointError(f"{file.path}: bos {bos_id} or eos {eos_id} is not one of the {len(tokens)} tokens")
+    bos_id, eos_id = bos_id if bos_id in OWN_IDS else BOS_ID, eos_id if eos_id in OWN_IDS else EOS_ID
 
     pieces = [
         _bytes_field(1, _bytes_field(1, token.encode()) + _float_field(2, score) + _int_field(3, kind))
