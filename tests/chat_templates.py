@@ -8,7 +8,7 @@ import json
 import random
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gguf
 import tokenizers
@@ -25,6 +25,7 @@ class Style(NamedTuple):
     ordinary: tuple[str, ...] = ()  # added tokens that are not special
     config: dict = {}  # noqa: RUF012  of tokenizer_config.json
     end_of_turn: str = "</s>"
+    pre: str = "llama-bpe"  # GGUF's name of how a byte-level tokenizer splits a text
 
 
 ZEPHYR = Style(
@@ -221,25 +222,26 @@ def write_folder(folder: Path, style: Style, source: str = "tokenizer_config.jso
     return path
 
 
-def write_gguf_of(folder: Path, style: Style) -> Path:
-    """Write the same tokenizer as the metadata of a GGUF file, as llama.cpp's converter does."""
-    path = write_folder(folder / "of", style)
+def gguf_metadata(path: Path, style: Style) -> dict[str, Any]:
+    """The metadata of a GGUF file that say what `write_folder` has written, as llama.cpp's converter makes them.
+
+    Args:
+        path: the tokenizer's file.
+        style: what it was written from.
+    """
     config = json.loads((path.parent / "tokenizer_config.json").read_text())
-    writer = gguf.GGUFWriter(folder / "tokenizer.gguf", "llama")
     if style.kind == "sentencepiece":
         model = SentencePieceProcessor(model_file=str(path))
         size = model.vocab_size()
         tokens = [model.id_to_piece(i) for i in range(size)]
         kinds = (model.is_unknown, model.is_control, model.is_unused, model.is_byte)
         types = [next((t for t, of in zip((2, 3, 5, 6), kinds, strict=True) if of(i)), 1) for i in range(size)]
-        writer.add_tokenizer_model("llama")
         added = [(name, 3) for name in style.special] + [(name, 4) for name in style.ordinary]
         tokens += [name for name, _ in added]
         types += [kind for _, kind in added]
-        writer.add_token_scores([model.get_score(i) for i in range(size)] + [-1000.0] * len(added))
-        writer.add_add_bos_token(True)
-        writer.add_add_space_prefix(True)
-        ids = {"unknown": 0, "bos": 1, "eos": 2}
+        scores = [model.get_score(i) for i in range(size)] + [-1000.0] * len(added)
+        of_kind = {"model": "llama", "scores": scores, "add_bos_token": True, "add_space_prefix": True}
+        of_kind |= {"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     else:
         engine = json.loads(path.read_text())
         added = {entry["id"]: entry for entry in engine["added_tokens"]}
@@ -247,17 +249,22 @@ def write_gguf_of(folder: Path, style: Style) -> Path:
         by_id |= {i: entry["content"] for i, entry in added.items()}
         tokens = [by_id[i] for i in range(len(by_id))]
         types = [(3 if added[i]["special"] else 4) if i in added else 1 for i in range(len(by_id))]
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("llama-bpe")
-        writer.add_token_merges([" ".join(merge) for merge in engine["model"]["merges"]])
+        merges = [" ".join(merge) for merge in engine["model"]["merges"]]
         eos = config["eos_token"]
-        names = {"bos": config["bos_token"], "eos": eos if isinstance(eos, str) else eos["content"]}
-        ids = {key: tokens.index(name) for key, name in names.items()}
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    for key, i in ids.items():
-        writer.add_uint32(f"tokenizer.ggml.{key}_token_id", i)
-    writer.add_chat_template(style.template)
+        eos_id = tokens.index(eos if isinstance(eos, str) else eos["content"])
+        of_kind = {"model": "gpt2", "pre": style.pre, "merges": merges}
+        of_kind |= {"bos_token_id": tokens.index(config["bos_token"]), "eos_token_id": eos_id}
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in of_kind.items()}
+    metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    return metadata | {"tokenizer.chat_template": style.template}
+
+
+def write_gguf_tokenizer(folder: Path, style: Style) -> Path:
+    """Write the same tokenizer as the metadata of a GGUF file without tensors."""
+    writer = gguf.GGUFWriter(folder / "tokenizer.gguf", "llama")
+    add_value = {int: writer.add_uint32, str: writer.add_string, list: writer.add_array, bool: writer.add_bool}
+    for key, value in gguf_metadata(write_folder(folder / "of", style), style).items():
+        add_value[type(value)](key, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()

@@ -5,7 +5,7 @@ import json
 import random
 
 import pytest
-from chat_templates import STYLES, Style, random_content, random_dialog, write_folder, write_gguf_of
+from chat_templates import STYLES, Style, random_content, random_dialog, write_folder, write_gguf_tokenizer
 from conftest import ScriptedModel
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,15 +26,15 @@ def style(request):
 
 @pytest.fixture(scope="session")
 def template_tokenizers(tmp_path_factory, style):
-    """The tokenizer of a style, from each of the places where a template can be."""
+    """The tokenizer of a style, from each of `SOURCES`."""
     folder = tmp_path_factory.mktemp("templates")
     paths = [write_folder(folder / source, style, source) for source in SOURCES[:2]]
-    return [Tokenizer(path) for path in [*paths, write_gguf_of(folder, style)]], paths[0].parent
+    return [Tokenizer(path) for path in [*paths, write_gguf_tokenizer(folder, style)]]
 
 
 @pytest.fixture(scope="session")
 def formats(template_tokenizers):
-    return [ChatFormat(tokenizer) for tokenizer in template_tokenizers[0]]
+    return [ChatFormat(tokenizer) for tokenizer in template_tokenizers]
 
 
 def transformers_ids(folder, dialogs, **options):
@@ -45,11 +45,13 @@ def transformers_ids(folder, dialogs, **options):
     return [theirs.apply_chat_template(dialog, **options) for dialog in dialogs]
 
 
-def test_the_ids_of_transformers(template_tokenizers, formats):
+def test_the_ids_of_transformers(tmp_path, style, formats):
     generator = random.Random(13)
     dialogs = [random_dialog(generator) for _ in range(N_DIALOGS)]
-    expected = transformers_ids(template_tokenizers[1], dialogs)
-    for formatter, source in zip(formats, SOURCES, strict=True):
+    write_folder(tmp_path / "folder", style)
+    write_folder(tmp_path / "gguf", style._replace(config={**style.config, "legacy": False}))  # GGUF doesn't say legacy
+    of_folder, of_gguf = (transformers_ids(tmp_path / name, dialogs) for name in ("folder", "gguf"))
+    for formatter, source, expected in zip(formats, SOURCES, (of_folder, of_folder, of_gguf), strict=True):
         assert type(formatter) is TemplateFormat
         assert formatter.description == f"the model's own template, from {source}"
         for dialog, ids in zip(dialogs, expected, strict=True):
@@ -73,7 +75,7 @@ def test_no_content_spells_a_control_token(formats):
         tokenizer = formatter.tokenizer
         control_tokens = sorted(formatter.template.control_tokens)
         control_ids = {token.id for token in tokenizer.engine.added_tokens if token.content in control_tokens}
-        for _ in range(700):  # for each of three sources and eight styles
+        for _ in range(100):  # dialogs, for each of three sources and eight styles
             contents = [hostile_content(generator, control_tokens) for _ in range(3)]
             # DeepSeek's template takes what follows </think>, the last one shortens contents: neither is at issue here.
             roles = ("user", "assistant", "user")
@@ -207,7 +209,7 @@ def test_a_template_that_leaves_the_answer_out(tmp_path):
 
 
 def test_the_end_of_a_turn_is_a_stop_token(template_tokenizers, style):
-    for tokenizer in template_tokenizers[0]:
+    for tokenizer in template_tokenizers:
         (end,) = [token.id for token in tokenizer.engine.added_tokens if token.content == style.end_of_turn]
         assert end in tokenizer.stop_tokens
         assert ChatFormat(tokenizer).template.end_of_turn == end
