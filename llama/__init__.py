@@ -4,13 +4,17 @@ To learn how Llama works, read in this order: `model` (the network), `tokenizer`
 ids), `sampling` (logits to the next token), `decoding` (the decode loop), and `generation` (text in, text out).
 """
 
-from llama.chat_format import ChatFormat
-from llama.dialog import Dialog, Message, Role
-from llama.generation import ChatPrediction, CompletionPrediction, Llama
-from llama.model import Transformer
-from llama.model_args import ModelArgs
-from llama.sampling import sample_top_p
-from llama.tokenizer import Tokenizer
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama.chat_format import ChatFormat
+    from llama.dialog import Dialog, Message, Role
+    from llama.generation import ChatPrediction, CompletionPrediction, Llama
+    from llama.model import Transformer
+    from llama.model_args import ModelArgs
+    from llama.sampling import sample_top_p
+    from llama.tokenizer import Tokenizer
 
 __all__ = [
     "ChatFormat",
@@ -25,3 +29,26 @@ __all__ = [
     "Transformer",
     "sample_top_p",
 ]
+
+_MODULES = {
+    "chat_format": ("ChatFormat",),
+    "dialog": ("Dialog", "Message", "Role"),
+    "generation": ("ChatPrediction", "CompletionPrediction", "Llama"),
+    "model": ("Transformer",),
+    "model_args": ("ModelArgs",),
+    "sampling": ("sample_top_p",),
+    "tokenizer": ("Tokenizer",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name or one of these modules, imported when it is first used, so that `llama --help` needs no torch."""
+    for module, names in _MODULES.items():
+        if name == module or name in names:
+            imported = importlib.import_module(f"llama.{module}")
+            return imported if name == module else getattr(imported, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

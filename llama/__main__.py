@@ -1,36 +1,55 @@
 """The command `llama`: chat with, complete with, inspect, convert, fine-tune and measure models from a terminal."""
 
+import importlib.metadata
 import sys
 from pathlib import Path
 
-from llama.checkpoint.convert import convert
 from llama.cli import run
-from llama.cli.chat import chat
-from llama.cli.command_line import Command
-from llama.cli.complete import complete
-from llama.cli.info import info
-from llama.cli.inspect import inspect
-from llama.finetune import finetune
+from llama.cli.command_line import LazyCommand
 
-COMMANDS: dict[str, Command] = {
-    "chat": chat,
-    "complete": complete,
-    "inspect": inspect,
-    "info": info,
-    "convert": convert,
-    "finetune": finetune,
+COMMANDS = {
+    "chat": LazyCommand("llama.cli.chat", "chat", "Talk with a model. In the conversation, /help lists the commands."),
+    "complete": LazyCommand(
+        "llama.cli.complete", "complete", "Continue a text, printing the continuation while it is generated."
+    ),
+    "inspect": LazyCommand(
+        "llama.cli.inspect",
+        "inspect",
+        "Show how likely a model finds each token of a text, and which tokens may come next.",
+    ),
+    "info": LazyCommand(
+        "llama.cli.info",
+        "info",
+        "Describe a checkpoint, the memory that it takes, and whether it fits this machine.",
+    ),
+    "convert": LazyCommand(
+        "llama.checkpoint.convert",
+        "convert",
+        "Write a checkpoint in another layout, number of files or dtype; merge a LoRA adapter into it.",
+    ),
+    "finetune": LazyCommand(
+        "llama.finetune",
+        "finetune",
+        "Fine-tune a model on examples of prompts and answers, and write the result as a checkpoint.",
+    ),
 }
+BENCH = LazyCommand(
+    "compare",
+    "main",
+    "Compare the speed and memory of this library with those of other libraries; takes half an hour or more.",
+)
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"  # only in a clone of the repository
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--version"]:
+        print(f"llama {importlib.metadata.version('llama')}")
+        return
     commands = COMMANDS
-    in_clone = (BENCHMARKS / "compare.py").is_file() and (BENCHMARKS.parent / "pyproject.toml").is_file()
-    if in_clone and sys.argv[1:2] not in [[name] for name in commands]:  # the import is slow: not for other commands
-        sys.path.append(str(BENCHMARKS))
-        from compare import main as bench
-
-        commands = commands | {"bench": bench}
+    if (BENCHMARKS / "compare.py").is_file() and (BENCHMARKS.parent / "pyproject.toml").is_file():
+        commands = commands | {"bench": BENCH}
+        if sys.argv[1:2] == ["bench"]:
+            sys.path.append(str(BENCHMARKS))
     run(commands, "llama")
 
 

@@ -105,8 +105,10 @@ def example(name: str) -> Callable:
 
 
 def test_commands_name_existing_options():
-    cli = vars(llama.__main__)
-    commands: dict[str, Callable] = {f"llama {name}": cli[name] for name in ("chat", "complete", "inspect", "info")}
+    cli = llama.__main__.COMMANDS
+    commands: dict[str, Callable] = {
+        f"llama {name}": cli[name].load() for name in ("chat", "complete", "inspect", "info")
+    }
     commands |= {name: example(name) for name in ("example_text_completion.py", "example_chat_completion.py")}
     commands |= dict.fromkeys(["llama convert", "llama.convert"], llama.checkpoint.convert.convert)
     commands |= dict.fromkeys(["llama finetune", "llama.finetune"], llama.finetune.finetune)

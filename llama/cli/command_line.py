@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import functools
+import importlib
 import inspect
 import io
 import logging
@@ -11,7 +12,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import fire
 from fire import core, decorators, helptext, trace
@@ -22,6 +23,23 @@ from llama.errors import DownloadError, InputError
 Command = Callable[..., None]
 
 
+class LazyCommand(NamedTuple):
+    """A command whose module is imported when it is needed, since importing torch takes over a second.
+
+    Attributes:
+        module, function: where it is.
+        summary: the first sentence of the function's docstring.
+    """
+
+    module: str
+    function: str
+    summary: str
+
+    def load(self) -> Command:
+        command: Command = getattr(importlib.import_module(self.module), self.function)
+        return command
+
+
 class EscapingFormatter(logging.Formatter):
     """Escapes control characters, since a message may quote a file, and must not be able to control the terminal."""
 
@@ -29,7 +47,7 @@ class EscapingFormatter(logging.Formatter):
         return escape_control_characters(super().format(record))
 
 
-def run(component: Command | Mapping[str, Command], name: str | None = None, args: list[str] | None = None) -> None:
+def run(component: Command | Mapping[str, LazyCommand], name: str | None = None, args: list[str] | None = None) -> None:
     """Call a function with the arguments of the command line.
 
     Unlike `fire.Fire`, this rejects an unknown option before it calls the function, not after. The value of a parameter
@@ -40,7 +58,7 @@ def run(component: Command | Mapping[str, Command], name: str | None = None, arg
     with `--debug`, its traceback is printed too. Log messages go to standard error.
 
     Args:
-        component: a function, or a mapping from command names to functions.
+        component: a function, or a mapping from command names to commands.
         name: the program's name in help and errors; by default the name of the script.
         args: the arguments; by default those of the program.
     """
@@ -51,7 +69,7 @@ def run(component: Command | Mapping[str, Command], name: str | None = None, arg
     if isinstance(component, Mapping) and args and not args[0].startswith("-"):
         if args[0] not in component:
             exit_with_usage_error(f"{args[0]!r} is not a command of {name}", args[0], component)
-        component, name = component[args[0]], f"{name} {args.pop(0)}"
+        component, name = component[args[0]].load(), f"{name} {args.pop(0)}"
     if isinstance(component, Mapping) or {"-h", "--help"} & set(args):
         if args and not {"-h", "--help"} & set(args):
             exit_with_usage_error(f"{args[0]} must come after a command of {name}")
@@ -158,13 +176,26 @@ def exit_with_usage_error(message: str, typed: str = "", known: Iterable[str] = 
     sys.exit(2)
 
 
-def help_text(component: Command | Mapping[str, Command], name: str) -> str:
+def help_text(component: Command | Mapping[str, LazyCommand], name: str) -> str:
     """Return the text of `--help`: fire's, with types as they are written in code, and options without underscores."""
-    text: str = helptext.HelpText(component, trace=trace.FireTrace(component, name=name)).replace(f"'{name}'", name)
+    described: Any = component
+    if isinstance(component, Mapping):
+        described = {key: _documented_function(command.summary) for key, command in component.items()}
+    text: str = helptext.HelpText(described, trace=trace.FireTrace(described, name=name)).replace(f"'{name}'", name)
     text = re.sub(r"(?<=--)(\w+)_(?=\W)|\b([A-Z]+)_(?=\W)", lambda match: match[1] or match[2], text)
     text = re.sub(r"(?<=Type: )Optional\[(.*)\]", r"\1", text)
+    text = text.replace("Type: Optional[str | pathlib...\n", "Type: str | Path\n")  # which fire has cut off
     text = text.replace(" | None\n", "\n").replace("pathlib.Path", "Path").replace("Type: Optional\n", "Type: str\n")
     text = text.replace("    -h, --", "    --")  # fire's abbreviation of an option, but here -h is --help
     if isinstance(component, Mapping):
         text += f"\n\n{name} COMMAND --help describes a command. --debug adds a traceback to an error message."
     return text
+
+
+def _documented_function(docstring: str) -> Command:
+    """A function that stands for a command in the list of commands."""
+
+    def function() -> None: ...
+
+    function.__doc__ = docstring
+    return function
