@@ -205,7 +205,9 @@ REFUSED = {
     "a token twice": (lambda m: {"tokens": item(m["tokens"], at_700=m["tokens"][701])}, "not different texts"),
     "type 0": (lambda m: {"token_type": item(m["token_type"], at_700=0)}, "its token types are not all from 1 to 6"),
     "type 7": (lambda m: {"token_type": item(m["token_type"], at_700=7)}, "its token types are not all from 1 to 6"),
-    "a byte less": (lambda m: {"token_type": item(m["token_type"], at_20=NORMAL)}, "255 tokens stand for a byte"),
+    "a byte less": (lambda m: {"token_type": item(m["token_type"], at_20=NORMAL)}, "255 tokens for single bytes are"),
+    "another name of a byte": (lambda m: {"tokens": item(m["tokens"], at_20="<0x1g>")}, "256 tokens for single bytes"),
+    "two unknown tokens": (lambda m: {"token_type": item(m["token_type"], at_700=UNKNOWN)}, "2 tokens are said to be"),
     "BOS outside": (lambda m: {"bos_token_id": 800}, "bos 800 or eos 2 is not one of the 800 tokens"),
     "EOS outside": (lambda m: {"eos_token_id": 2**31}, "bos 1 or eos 2147483648 is not one of the 800 tokens"),
     "unknown outside": (

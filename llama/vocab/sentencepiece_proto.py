@@ -69,8 +69,11 @@ def _read_pieces(file: GGUFFile) -> tuple[list[str], list[float], list[int]]:
         raise CheckpointError(f"{path}: the scores of its {len(tokens)} tokens are not all finite numbers")
     if not all(type(kind) is int and NORMAL <= kind <= BYTE for kind in types):
         raise CheckpointError(f"{path}: its token types are not all from {NORMAL} to {BYTE}")
-    if types.count(BYTE) not in (0, 256):
-        raise CheckpointError(f"{path}: {types.count(BYTE)} tokens stand for a byte, not 256 or none")
+    if types.count(UNKNOWN) > 1:
+        raise CheckpointError(f"{path}: {types.count(UNKNOWN)} tokens are said to be the unknown one")
+    bytes_as_tokens = {token for token, kind in zip(tokens, types, strict=True) if kind == BYTE}
+    if bytes_as_tokens and bytes_as_tokens != {f"<0x{byte:02X}>" for byte in range(256)}:
+        raise CheckpointError(f"{path}: its {len(bytes_as_tokens)} tokens for single bytes are not <0x00> to <0xFF>")
 
     merged = [scores[i] for i, token in enumerate(tokens) if types[i] == NORMAL and len(token) > 1]
     if len(merged) > 1 and len(set(merged)) == 1:  # as some converters write them
