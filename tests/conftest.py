@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -29,8 +30,9 @@ from llama.checkpoint import check_tensors, load_model, open_checkpoint, split_a
 from llama.checkpoint import save as save_module
 from llama.default_model import default_checkpoint, fetch
 from llama.gguf_file import GGUFFile
+from llama.vocab.split_steps import LLAMA3_PATTERN
 from llama.vocab.tiktoken_file import LLAMA3_SPECIAL_TOKENS
-from llama.vocab.vocabulary import LLAMA3_PATTERN, gpt2_characters
+from llama.vocab.vocabulary import gpt2_characters
 
 ROOT = Path(__file__).parent.parent
 IN_CI = bool(os.environ.get("CI"))
@@ -376,13 +378,14 @@ def torchrun(n: int, *command: str | Path, timeout: float = 300) -> subprocess.C
     )
 
 
-def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, **changes):
+def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, rope_divisors=None, **changes):
     """Write a GGUF file of a tiny model with a byte-level vocabulary, using the gguf package.
 
     Args:
         path: the file.
         model: the weights.
         quantization: the type that matrices are stored as; norms are stored in float32.
+        rope_divisors: the numbers by which the rotary frequencies are divided, if any.
         changes: changes of the metadata by key; `...` removes one. `architecture` is the file's.
     """
     args = model.params
@@ -411,6 +414,8 @@ def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, **change
     for key, value in (metadata | changes).items():
         if value is not ...:
             add_value[type(value)](key, value)
+    if rope_divisors is not None:
+        writer.add_tensor("rope_freqs.weight", np.array(rope_divisors, dtype=np.float32))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, args.n_layers)
     for name, weight in model.named_parameters():
         array = weight.detach().numpy()
