@@ -8,6 +8,7 @@ import torch
 
 from llama.checkpoint.base import Checkpoint
 from llama.checkpoint.load import check_tensors, open_checkpoint
+from llama.checkpoint.lora_adapter import LoRAAdapter
 from llama.checkpoint.parameters import parameter_shapes
 from llama.checkpoint.save import write_checkpoint
 from llama.device import dtype_named
@@ -24,8 +25,10 @@ def convert(
     shards: int | None = None,
     dtype: str | None = None,
     tokenizer_path: str | None = None,
+    *,
+    adapter: str | Path | None = None,
 ) -> None:
-    """Write a checkpoint in another layout, number of files or dtype.
+    """Write a checkpoint in another layout, number of files or dtype; merge a LoRA adapter into it.
 
     Any layout is read: a folder in Meta's or Hugging Face's, or a GGUF file, which is dequantized. Tensors pass through
     memory one at a time. The new folder appears when it is complete.
@@ -37,6 +40,7 @@ def convert(
         shards: number of files of weights; by default 1 for meta, and files of at most 5 GB for hf
         dtype: float32, float16 or bfloat16; by default the smallest that represents every weight exactly
         tokenizer_path: the tokenizer's file, if it is not with the checkpoint
+        adapter: the folder of a PEFT LoRA adapter, which was trained on this checkpoint; it is computed in float32
     """
     requested_dtype = dtype_named(dtype)
     checkpoint = open_checkpoint(from_)
@@ -47,6 +51,8 @@ def convert(
     if args.max_position_embeddings is None:
         args.max_position_embeddings = checkpoint.settings.advised_seq_len
     tensors = read_parameters(checkpoint, args)
+    if adapter is not None:
+        tensors = LoRAAdapter(adapter, args).merge(tensors)
     write_checkpoint(to, layout, args, tensors, requested_dtype or checkpoint.dtype(), shards, tokenizer)
     logger.info("wrote %s", to)
 

@@ -9,6 +9,7 @@ from llama.checkpoint import hugging_face
 from llama.checkpoint.base import Checkpoint, Settings
 from llama.checkpoint.gguf import GGUFCheckpoint, model_file_name
 from llama.checkpoint.hugging_face import HuggingFaceCheckpoint, read_config_json
+from llama.checkpoint.lora_adapter import ADAPTER_CONFIG, describe_adapter
 from llama.checkpoint.meta import MetaCheckpoint, read_params_json_without_weights
 from llama.checkpoint.parameters import parameter_shapes, share
 from llama.checkpoint.progress import progress
@@ -29,6 +30,7 @@ def open_checkpoint(ckpt_dir: str | Path | Checkpoint) -> Checkpoint:
 
     Raises:
         MissingFileError: nothing exists there, or no checkpoint is in the folder; the message lists what is.
+        InputError: a file of a checkpoint in place of its folder, several GGUF models, or a PEFT adapter.
         CheckpointError: a damaged or hostile file.
     """
     if isinstance(ckpt_dir, Checkpoint):
@@ -47,6 +49,8 @@ def open_checkpoint(ckpt_dir: str | Path | Checkpoint) -> Checkpoint:
         return GGUFCheckpoint(gguf_files[0])
     if gguf_files:
         raise InputError(f"{path} holds {len(gguf_files)} GGUF files; pass one of them: {listing(path)}")
+    if (path / ADAPTER_CONFIG).exists():
+        raise InputError(describe_adapter(path))
     raise MissingFileError(
         f"no checkpoint in ckpt_dir={str(path)!r}: looked for *.pth with params.json, {hugging_face.WEIGHTS} or "
         f"{hugging_face.BIN_WEIGHTS} (or an index) with {hugging_face.CONFIG}, or *.gguf, and found "
