@@ -317,6 +317,7 @@ def test_a_folder_like_llama_3_2_1b_instruct(tmp_path):
 
     write_hugging_face(tmp_path, None, **MODELS["rope factor 32, tied"])
     write_tokenizer_json(tmp_path)
+    change_config(tmp_path, "tokenizer_config.json", chat_template=...)  # the tokens tell the format then
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
         "config.json",
@@ -507,6 +508,36 @@ def test_the_limit_of_max_seq_len(folder):
     assert read_settings(folder / "config.json").params["max_position_embeddings"] == 131072
     with pytest.raises(ValueError, match="max_seq_len=131073 is over this model's limit of 131072"):
         Llama.build(folder, None, 131073, 1)
+
+
+@pytest.mark.parametrize(
+    ("factor", "changes", "limit"),
+    [
+        (4.0, {}, 8192),
+        (2.5, {}, 5120),
+        (1 / 3, {}, 682),
+        (4.0, {"max_sequence_length": 7000}, 7000),
+        (4.0, {"max_position_embeddings": ...}, None),
+        (1e-9, {}, 2048),
+        (1e300, {}, 2048),
+    ],
+)
+def test_linear_rope_scaling_stretches_the_context(tmp_path, factor, changes, limit):
+    """As in Vicuna 1.5 16k: max_position_embeddings 4096, factor 4, and max_sequence_length 16384."""
+    write_hugging_face(tmp_path, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": factor})
+    change_config(tmp_path, **{"max_position_embeddings": 2048} | changes)
+    assert read_settings(tmp_path).params["max_position_embeddings"] == limit
+    if limit is not None and limit > 5000:
+        assert Llama.build(tmp_path, None, limit, 1, device="cpu").model.params.max_seq_len == limit
+        with pytest.raises(ValueError, match=f"max_seq_len={limit + 1} is over this model's limit of {limit}"):
+            Llama.build(tmp_path, None, limit + 1, 1)
+
+
+def test_a_longer_sequence_without_scaling_is_no_limit(tmp_path):
+    """As in old conversions of Llama 1, which say both, and in other kinds of scaling."""
+    write_hugging_face(tmp_path, **MODELS["rope factor 8"])
+    change_config(tmp_path, max_position_embeddings=4096, max_sequence_length=2048)
+    assert read_settings(tmp_path).params["max_position_embeddings"] == 4096
 
 
 def test_metas_files_in_the_folder(folder, tmp_path, tiny_checkpoint):

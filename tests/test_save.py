@@ -29,7 +29,7 @@ from test_hugging_face import MODELS, random_hugging_face_model
 
 from llama import Llama, ModelArgs, Tokenizer
 from llama.checkpoint import open_checkpoint, save_checkpoint
-from llama.checkpoint.hugging_face import split_evenly
+from llama.checkpoint.hugging_face import split_evenly, to_config_json
 from llama.checkpoint.meta import to_params_json
 from llama.convert import convert
 from llama.default_model import default_checkpoint
@@ -433,8 +433,22 @@ def test_the_limit_of_max_seq_len_is_kept_by_every_layout(tmp_path, limit):
         write_tokenizer_json(folder)
         convert(folder, folder / "meta")
         convert(folder / "meta", folder / "back", "hf")
-        for written in ("meta", "back"):
-            assert open_checkpoint(folder / written).settings.params["max_position_embeddings"] == limit
+        expected = 4 * limit if name == "linear rope scaling" else limit  # it stretches the context fourfold
+        for layout in (".", "meta", "back"):
+            assert open_checkpoint(folder / layout).settings.params["max_position_embeddings"] == expected
+
+
+@given(st.integers(1, 10**6), st.floats(0.01, 1000))
+@examples(300)
+def test_the_limit_of_a_stretched_context_is_kept(limit, factor):
+    args = ModelArgs(vocab_size=10, rope_divisors=(factor,), max_position_embeddings=limit)
+    config = to_config_json(args, torch.float32)
+    assert config["max_sequence_length"] == limit
+    assert abs(config["max_position_embeddings"] * factor - limit) <= factor
+    assert to_params_json(args)["max_position_embeddings"] == limit
+    assert "max_sequence_length" not in to_config_json(
+        ModelArgs(vocab_size=10, max_position_embeddings=limit), torch.half
+    )
 
 
 def test_no_limit_is_written_if_none_is_known(tmp_path, llama3):

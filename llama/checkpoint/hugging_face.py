@@ -211,7 +211,13 @@ def read_config_json(path: Path) -> Settings:
         "tie_embeddings": get("tie_word_embeddings", bool, None),
         "max_position_embeddings": get("max_position_embeddings", int, None),
     }
-    return Settings(path, params | read_rope_scaling(rope))
+    scaling = read_rope_scaling(rope)
+    if "rope_divisors" in scaling and params["max_position_embeddings"] is not None:
+        # Linear scaling stretches the context. Some files say how far, others only what it was before.
+        stretched = scaling["rope_divisors"][0] * params["max_position_embeddings"]
+        if 1 <= stretched < 2**63:  # if not, the factor is one that ModelArgs refuses
+            params["max_position_embeddings"] = get("max_sequence_length", int, int(stretched))
+    return Settings(path, params | scaling)
 
 
 def read_rope_scaling(rope: Metadata) -> dict[str, Any]:
@@ -245,6 +251,7 @@ def to_config_json(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
         InputError: the layout can't express this model's rotary embedding.
     """
     scaling: dict[str, Any] | None = None
+    limits = {"max_position_embeddings": args.max_position_embeddings}
     if args.use_scaled_rope:
         scaling = {
             "rope_type": "llama3",
@@ -257,6 +264,9 @@ def to_config_json(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
         if scaling is not None or len(set(args.rope_divisors)) > 1:
             raise InputError("Hugging Face's layout can't express the rope_divisors of this model: write Meta's layout")
         scaling = {"rope_type": "linear", "factor": args.rope_divisors[0]}
+        if args.max_position_embeddings is not None:  # here it is the context before scaling
+            limits = {"max_position_embeddings": max(1, int(args.max_position_embeddings / args.rope_divisors[0]))}
+            limits["max_sequence_length"] = args.max_position_embeddings
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -270,7 +280,7 @@ def to_config_json(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
         "rms_norm_eps": args.norm_eps,
         "rope_theta": args.rope_theta,
         "rope_scaling": scaling,
-        "max_position_embeddings": args.max_position_embeddings,
+        **limits,
         "tie_word_embeddings": args.tie_embeddings,
         "hidden_act": "silu",
         "attention_bias": False,
