@@ -10,7 +10,17 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ROOT, cut, load, run_python, same_weights, tiny_args, tiny_model, write_meta_checkpoint
+from conftest import (
+    ROOT,
+    cut,
+    load,
+    run_python,
+    same_weights,
+    tiny_args,
+    tiny_model,
+    write_meta_checkpoint,
+    write_tokenizer_json,
+)
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer
 from llama.checkpoint import load_model, open_checkpoint, parameter_shapes, save_checkpoint
@@ -149,6 +159,38 @@ def test_the_limit_of_max_seq_len(copy, family, params, limit):
     assert checkpoint.settings.model_args(vocab_size, limit, 1).max_seq_len == limit
     with pytest.raises(ValueError, match=f"max_seq_len={limit + 1} is over this model's limit of {limit}"):
         checkpoint.settings.model_args(vocab_size, limit + 1, 1)
+
+
+END_OF_TEXT, EOM, EOT = 269, 276, 277  # of the tiny tokenizer; 128001, 128008 and 128009 of the real one
+
+
+def test_with_scaled_rope_a_message_that_calls_a_tool_ends(copy, tmp_path, llama2_path):
+    """<|eom_id|> came with Llama 3.1; its tokenizer.model doesn't name it."""
+    write_tokenizer_json(tmp_path, ("eot_id",))
+    paths = (None, copy / "tokenizer.model", tmp_path / "tokenizer.json")
+    assert open_checkpoint(copy).tokenizer().stop_tokens == {END_OF_TEXT, EOT}
+    change_params(copy, use_scaled_rope=True)
+    for path in paths:
+        assert open_checkpoint(copy).tokenizer(path).stop_tokens == {END_OF_TEXT, EOM, EOT}
+    assert open_checkpoint(copy).tokenizer(llama2_path).stop_tokens == {2}
+
+
+def test_scaled_rope_with_another_token_in_place_of_eom(copy, tmp_path):
+    write_tokenizer_json(tmp_path, ("eot_id",))
+    path = tmp_path / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|eom_id|>", "<|something_else|>"))
+    change_params(copy, use_scaled_rope=True)
+    assert open_checkpoint(copy).tokenizer(path).stop_tokens == {END_OF_TEXT, EOT}
+
+
+def test_hugging_faces_files_in_metas_folder(copy, tmp_path):
+    """tokenizer.json is taken where it is ours, which is where there is no config.json."""
+    write_tokenizer_json(copy, ("end_of_text", "eom_id"))
+    assert EOM in open_checkpoint(copy).tokenizer().stop_tokens
+    (copy / "config.json").write_text("{}")
+    assert open_checkpoint(copy).tokenizer().stop_tokens == {END_OF_TEXT, EOT}
+    (copy / "tokenizer.model").unlink()
+    assert EOM in open_checkpoint(copy).tokenizer().stop_tokens
 
 
 def test_beyond_4096_llama2_only_warns(llama2_folder, caplog):

@@ -307,8 +307,20 @@ def test_padded_embedding(tmp_path):
     assert llama.tokenizer.n_words == 576
     assert llama.tokenizer.decode([104, 575, 105]) == "hi"
     assert len(llama.generate([[5, 6]], 5)[0][0]) <= 5
-    with pytest.raises(ValueError, match="has vocab_size=576, but its tokenizer has 524 tokens"):
-        Llama.build(tmp_path, write_llama3_tokenizer(tmp_path / "other.model"), 64, 2)
+
+
+def test_a_tokenizer_from_elsewhere_is_completed_by_the_folder(tmp_path):
+    """By the padding of the embedding, and by the ids that end a text."""
+    write_hugging_face(tmp_path / "model", None, vocab_size=576)
+    change_config(tmp_path / "model", "generation_config.json", eos_token_id=[269, 276])
+    checkpoint = open_checkpoint(tmp_path / "model")
+    tokenizer = checkpoint.tokenizer(write_llama3_tokenizer(tmp_path / "other.model"))
+    assert (tokenizer.n_words, tokenizer.n_padding) == (576, 52)
+    assert tokenizer.stop_tokens == {269, 276, 277}
+    with pytest.raises(FileNotFoundError, match=r"tokenizer_path=.*tokenizer\.model' does not exist"):
+        checkpoint.tokenizer()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer_path=.*nowhere' does not exist"):
+        checkpoint.tokenizer(tmp_path / "nowhere")
 
 
 def test_a_folder_like_llama_3_2_1b_instruct(tmp_path):

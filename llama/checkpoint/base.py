@@ -111,8 +111,11 @@ class Checkpoint(ABC):
         """
 
     @abstractmethod
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that comes with the model.
+    def tokenizer(self, path: str | Path | None = None) -> Tokenizer:
+        """A tokenizer for the model, completed by what the checkpoint says: padding of the embedding, stop tokens.
+
+        Args:
+            path: the tokenizer's file; None for the one that comes with the model.
 
         Raises:
             MissingFileError: there is none.

@@ -59,11 +59,11 @@ def convert(
 
 def find_tokenizer(checkpoint: Checkpoint, tokenizer_path: str | None) -> Tokenizer | None:
     """The tokenizer to write beside the weights, or None, with a warning, if there is none."""
-    if tokenizer_path is not None:
-        return Tokenizer(tokenizer_path)
     try:
-        return checkpoint.tokenizer()
+        return checkpoint.tokenizer(tokenizer_path)
     except FileNotFoundError as error:
+        if tokenizer_path is not None:
+            raise
         logger.warning("no tokenizer is written, only the weights: %s", error)
         return None
 

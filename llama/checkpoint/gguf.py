@@ -138,8 +138,8 @@ class GGUFCheckpoint(Checkpoint):
             raise CheckpointError(f"{self.path}: {name} can't be dequantized: {error}") from error
         return weights[:, start:stop] if axis == 1 else weights
 
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer(self._file)
+    def tokenizer(self, path: str | Path | None = None) -> Tokenizer:
+        return Tokenizer(self._file if path is None else path)
 
 
 def open_parts(file: GGUFFile) -> list[GGUFFile]:

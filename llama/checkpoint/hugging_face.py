@@ -20,7 +20,7 @@ from llama.files import Metadata, first_bytes, raise_if_unmappable, read_json, r
 from llama.model_args import ModelArgs
 from llama.tokenizer import Tokenizer
 from llama.vocab.tiktoken_file import is_tiktoken_file
-from llama.vocab.tokenizer_config import read_add_bos, read_eos_ids
+from llama.vocab.tokenizer_config import read_eos_ids
 
 # Names of tensors in the files, without layer and ".weight" -> names in our network.
 NAMES = {
@@ -118,21 +118,22 @@ class HuggingFaceCheckpoint(Checkpoint):
             return heads[start - first : stop - first]
         return tensor.narrow(axis, start, stop - start)
 
-    def tokenizer(self) -> Tokenizer:
-        json_path, path = self.path / "tokenizer.json", self.path / "tokenizer.model"
-        # Folders with a sentencepiece model have it as JSON too, but only byte-level JSON can be read.
-        if json_path.exists() and not (path.exists() and not is_tiktoken_file(first_bytes(path))):
-            path = json_path
-        tokenizer = Tokenizer(require_path(path, "tokenizer_path"))
-        if path != json_path:  # for tokenizer.json, the reader has done this
-            tokenizer.stop_tokens |= read_eos_ids(self.path)
-            tokenizer.add_bos = read_add_bos(self.path, tokenizer.add_bos)
+    def tokenizer(self, path: str | Path | None = None) -> Tokenizer:
+        tokenizer = Tokenizer(self._tokenizer_file() if path is None else path)
+        tokenizer.stop_tokens |= read_eos_ids(self.path)
         # Embeddings are often padded to a round number of rows.
         padding = self.settings.params["vocab_size"] - tokenizer.n_words
         if 0 < padding < MAX_PADDING:
             tokenizer.n_words += padding
             tokenizer.n_padding = padding
         return tokenizer
+
+    def _tokenizer_file(self) -> Path:
+        json_path, path = self.path / "tokenizer.json", self.path / "tokenizer.model"
+        # Folders with a sentencepiece model have it as JSON too, but only byte-level JSON can be read.
+        if json_path.exists() and not (path.exists() and not is_tiktoken_file(first_bytes(path))):
+            return json_path
+        return path
 
 
 def to_adjacent_pairs(weight: torch.Tensor, head_size: int) -> torch.Tensor:

@@ -16,10 +16,12 @@ from llama.errors import CheckpointError
 from llama.files import read_json, require_path, write_json
 from llama.model_args import ModelArgs, feed_forward_size
 from llama.tokenizer import Tokenizer
+from llama.vocab.tiktoken_file import LLAMA3_SPECIAL_TOKENS, fits_tiktoken_file
 
 logger = logging.getLogger("llama")
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
+RESERVED_FOR_EOM = "<|reserved_special_token_4|>"  # the name that <|eom_id|> has in tokenizer.model
 ROTARY_TABLE = "rope.freqs"  # in Llama 2's files; our network computes it
 
 
@@ -104,10 +106,34 @@ class MetaCheckpoint(Checkpoint):
                 start = end
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=file_axis or 0)
 
-    def tokenizer(self) -> Tokenizer:
-        json_path = self.path / "tokenizer.json"  # there if tokenizer.model can't express everything
-        path = json_path if json_path.exists() else self.path / "tokenizer.model"
-        return Tokenizer(require_path(path, "tokenizer_path"))
+    def tokenizer(self, path: str | Path | None = None) -> Tokenizer:
+        tokenizer = Tokenizer(self._tokenizer_file() if path is None else path)
+        tokenizer.stop_tokens |= implied_stop_tokens(tokenizer, self.settings.params.get("use_scaled_rope", False))
+        return tokenizer
+
+    def _tokenizer_file(self) -> Path:
+        json_path, path = self.path / "tokenizer.json", self.path / "tokenizer.model"
+        # `save_checkpoint` writes tokenizer.json if tokenizer.model can't express everything; but if there is a
+        # config.json, it is part of Hugging Face's files, which may be those of another download.
+        if json_path.exists() and not (path.exists() and (self.path / "config.json").exists()):
+            return json_path
+        return path
+
+
+def implied_stop_tokens(tokenizer: Tokenizer, use_scaled_rope: bool) -> set[int]:
+    """The ids that end a text or a turn in this layout without its files saying so.
+
+    With Llama 3.1 came, together with scaled rope, <|eom_id|>: it ends a message that calls a tool. In tokenizer.model
+    it is one of the reserved special tokens.
+    """
+    vocabulary = tokenizer.vocabulary
+    if not use_scaled_rope or vocabulary is None or not fits_tiktoken_file(vocabulary):
+        return set()
+    ids = {name: len(vocabulary.ranks) + i for i, name in enumerate(LLAMA3_SPECIAL_TOKENS)}
+    end_id, eom_id, eot_id = (ids[name] for name in ("<|end_of_text|>", RESERVED_FOR_EOM, "<|eot_id|>"))
+    if eom_id not in (vocabulary.special_tokens.get(name) for name in (RESERVED_FOR_EOM, "<|eom_id|>")):
+        return set()  # this vocabulary has another use for it
+    return {end_id, eom_id, eot_id}
 
 
 def read_params_json(path: Path) -> Settings:
