@@ -387,6 +387,25 @@ def test_from_gguf_with_scaled_rope(tmp_path, monkeypatch):
     assert torch.allclose(load(tmp_path / "hf").freqs_cis, model.freqs_cis, atol=1e-4)
 
 
+def test_the_stop_tokens_of_scaled_rope_are_kept_by_every_layout(tmp_path, tiny_checkpoint):
+    """Also where the source doesn't name <|eom_id|>, and with a tokenizer that is passed in."""
+    ends = {269, 276, 277}
+    model = tiny_model(vocab_size=VOCAB, use_scaled_rope=True)
+    write_meta_checkpoint(tmp_path / "meta", model, tiny_checkpoint / "tokenizer.model", use_scaled_rope=True)
+    convert(tmp_path / "meta", tmp_path / "hf", "hf")
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == sorted(ends)
+    convert(tmp_path / "hf", tmp_path / "back")
+    (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": 277}')
+    convert(tmp_path / "hf", tmp_path / "also back")
+    convert(tmp_path / "meta", tmp_path / "passed", tokenizer_path=str(tmp_path / "hf" / "tokenizer.json"))
+    checkpoint = open_checkpoint(tmp_path / "meta")
+    save_checkpoint(tmp_path / "saved", load(tmp_path / "meta"), checkpoint.tokenizer())
+    for name in ("back", "also back", "passed", "saved"):
+        assert not (tmp_path / name / "tokenizer.json").exists()
+        assert open_checkpoint(tmp_path / name).tokenizer().stop_tokens == ends
+        assert "tokenizer.model" in {path.name for path in (tmp_path / name).iterdir()}
+
+
 def test_a_llama_2_folder_without_its_tokenizer(tmp_path, caplog):
     model = tiny_model(rope_theta=10000.0)
     path = write_llama2_tokenizer(tmp_path / "tokenizer.model")

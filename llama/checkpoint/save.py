@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llama.checkpoint.hugging_face import MAX_SHARD_BYTES, write_hugging_face
-from llama.checkpoint.meta import write_meta
+from llama.checkpoint.meta import implied_stop_tokens, write_meta
 from llama.checkpoint.parameters import parameter_count, parameter_shapes, share
 from llama.checkpoint.progress import progress
 from llama.distributed import gather, is_first_rank, model_parallel_size, raise_on_all_ranks
@@ -129,7 +129,7 @@ def write_checkpoint(
         else:
             write_hugging_face(temporary, args, shown, dtype, shards)
         if tokenizer is not None:
-            write_tokenizer(temporary, layout, tokenizer)
+            write_tokenizer(temporary, layout, tokenizer, implied_stop_tokens(tokenizer, args.use_scaled_rope))
 
 
 def check_disk_space(folder: str | Path, temporary: Path, layout: str, weight_bytes: int, shards: int | None) -> None:
@@ -149,8 +149,13 @@ def check_disk_space(folder: str | Path, temporary: Path, layout: str, weight_by
         raise OSError(errno.ENOSPC, message, str(folder))
 
 
-def write_tokenizer(folder: Path, layout: str, tokenizer: Tokenizer) -> None:
-    """Write a tokenizer in the form that programs look for in a folder of this layout."""
+def write_tokenizer(folder: Path, layout: str, tokenizer: Tokenizer, implied_stop_tokens: set[int]) -> None:
+    """Write a tokenizer in the form that programs look for in a folder of this layout.
+
+    Args:
+        folder, layout, tokenizer: see `save_checkpoint`.
+        implied_stop_tokens: the stop tokens that Meta's layout implies for this model.
+    """
     vocabulary = tokenizer.vocabulary
     if vocabulary is None:
         model: Any = tokenizer.model
@@ -165,6 +170,7 @@ def write_tokenizer(folder: Path, layout: str, tokenizer: Tokenizer) -> None:
     if layout == "meta" and fits_tiktoken_file(vocabulary):
         write_tiktoken_file(folder / "tokenizer.model", vocabulary)
         read_back = read_tiktoken_file(folder / "tokenizer.model")
-        complete = (read_back.stop_tokens, read_back.add_bos) == (vocabulary.stop_tokens, vocabulary.add_bos)
+        ours, theirs = (tokens | implied_stop_tokens for tokens in (tokenizer.stop_tokens, read_back.stop_tokens))
+        complete = (ours, tokenizer.add_bos) == (theirs, read_back.add_bos)
     if not complete:
-        write_tokenizer_json(folder, vocabulary)
+        write_tokenizer_json(folder, replace(vocabulary, stop_tokens=tokenizer.stop_tokens, add_bos=tokenizer.add_bos))
