@@ -1,6 +1,7 @@
 """Saving models, and converting between layouts: the result loads, here and in transformers."""
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from conftest import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from test_finetune_parallel import write_pairs
 from test_hugging_face import MODELS, random_hugging_face_model
 
 from llama import Llama, ModelArgs, Tokenizer
@@ -33,6 +35,8 @@ from llama.checkpoint.hugging_face import split_evenly, to_config_json
 from llama.checkpoint.meta import to_params_json
 from llama.convert import convert
 from llama.default_model import default_checkpoint
+from llama.finetune import finetune
+from llama.finetune.run_folder import RunFolder
 from llama.model_args import feed_forward_size
 
 VOCAB = 524
@@ -280,6 +284,42 @@ def test_not_enough_disk_space(tmp_path, llama3, monkeypatch):
     with pytest.raises(OSError, match=r"writing takes 0\.0 GB, and only 0\.0 GB are free"):
         save_checkpoint(tmp_path / "saved", tiny_model(vocab_size=VOCAB), llama3)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o007], ids=oct)
+def umask(request):
+    """A umask, for the time of the test."""
+    previous = os.umask(request.param)
+    yield request.param
+    os.umask(previous)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other permissions")
+@pytest.mark.parametrize("layout", ["meta", "hf"])
+def test_what_is_written_has_the_permissions_that_the_umask_gives(
+    tmp_path, tiny_checkpoint, llama2_path, umask, layout
+):
+    save_checkpoint(
+        tmp_path / "saved", load(tiny_checkpoint), Tokenizer(tiny_checkpoint / "tokenizer.model"), layout=layout
+    )
+    convert(tiny_checkpoint, tmp_path / "parent" / "converted", layout, shards=2)
+    save_checkpoint(tmp_path / "llama-2", tiny_model(), Tokenizer(llama2_path), layout=layout)
+    assert_permissions(tmp_path, umask)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other permissions")
+def test_what_fine_tuning_writes_has_them_too(tmp_path, tiny_checkpoint, umask):
+    RunFolder(tmp_path / "interrupted", {}).save_state(1, {"weights": torch.zeros(3)})
+    finetune(write_pairs(tmp_path / "data.jsonl"), tmp_path / "out", tiny_checkpoint, max_seq_len=96, epochs=1)
+    assert_permissions(tmp_path, umask)
+
+
+def assert_permissions(folder, umask):
+    written = list(folder.rglob("*"))
+    assert len(written) > 5
+    for path in written:
+        expected = (0o777 if path.is_dir() else 0o666) & ~umask
+        assert oct(path.stat().st_mode & 0o777) == oct(expected), path
 
 
 KILLED = """

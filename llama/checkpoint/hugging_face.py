@@ -307,7 +307,7 @@ def write_hugging_face(
         dtype: of the written weights.
         shards: number of files of weights; None for files of at most about 5 GB.
     """
-    config = to_config_json(args, dtype)
+    write_json(folder / CONFIG, to_config_json(args, dtype))
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in parameter_shapes(args).items()}
     total = sum(sizes.values())
     count = shards or -(-total // MAX_SHARD_BYTES)
@@ -323,11 +323,12 @@ def write_hugging_face(
                     tensor = to_half_split(tensor, args.head_size)
                 shard[name_in_files(name)] = staging.add(tensor, dtype)
             save_file(shard, folder / file, metadata={"format": "pt"})
+            # safetensors makes files that only their owner may read; others get the permissions that the umask gives.
+            (folder / file).chmod((folder / CONFIG).stat().st_mode)
             weight_map |= dict.fromkeys(shard, file)
             shard.clear()  # before their mappings' files are removed
     if count > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_json(folder / CONFIG, config)
 
 
 def name_in_files(name: str) -> str:
