@@ -14,7 +14,7 @@ from llama import Llama, Tokenizer
 from llama.chat_format import ChatFormat
 from llama.errors import CheckpointError
 from llama.vocab import AddedToken
-from llama.vocab.vocabulary import SMOLLM_PATTERN
+from llama.vocab.split_steps import SMOLLM_STEPS
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
@@ -159,7 +159,7 @@ def test_added_tokens_of_a_byte_level_vocabulary(tmp_path, kind, special):
 def test_pre_tokenizers_that_split_off_each_digit(tmp_path, pre):
     """Their tokenizer.json has Digits(individual_digits) and then ByteLevel."""
     path = write_gguf(tmp_path / "model.gguf", tiny_model(), **{"tokenizer.ggml.pre": pre})
-    assert Tokenizer(path).vocabulary.pattern == SMOLLM_PATTERN
+    assert Tokenizer(path).vocabulary.split_steps == SMOLLM_STEPS
 
 
 @pytest.mark.parametrize("end", ["eos", "eot", "eom"])

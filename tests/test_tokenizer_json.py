@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from llama import ChatFormat, Tokenizer
 from llama.default_model import default_checkpoint
 from llama.gguf_file import GGUFFile
+from llama.vocab.split_steps import LLAMA3_STEPS, SMOLLM_STEPS
 from llama.vocab.tokenizer_json import write_tokenizer_json
-from llama.vocab.vocabulary import LLAMA3_PATTERN, SMOLLM_PATTERN, byte_level_ranks
+from llama.vocab.vocabulary import byte_level_ranks
 
 
 @pytest.fixture(scope="module")
@@ -215,11 +216,13 @@ UNSUPPORTED = {
         set_steps(SPLIT, BYTE_LEVEL | {"add_prefix_space": True}),
         "the pre_tokenizer .* is not supported",
     ),
-    "removed pieces": (set_steps(SPLIT | {"behavior": "Removed"}, BYTE_LEVEL), "the pre_tokenizer .* is not supported"),
-    "an inverted pattern": (set_steps(SPLIT | {"invert": True}, BYTE_LEVEL), "the pre_tokenizer .* is not supported"),
+    "an unknown behavior": (set_steps(SPLIT | {"behavior": "Merged"}, BYTE_LEVEL), "the pre_tokenizer .*Merged"),
+    "no bytes": (set_steps(SPLIT), "the pre_tokenizer .* is not supported"),
+    "bytes twice": (set_steps(BYTE_LEVEL, BYTE_LEVEL), "the pre_tokenizer .* is not supported"),
+    "too many steps": (set_steps(*[SPLIT] * 30, BYTE_LEVEL), "the pre_tokenizer .* is not supported"),
     "a pattern that matches the empty text": (
         set_steps(SPLIT | {"pattern": {"Regex": r"\p{L}*"}}, BYTE_LEVEL),
-        "its split pattern .* matches the empty text",
+        "its split pattern .* matches an empty text",
     ),
     "merges that are numbers": (set_model(merges=[5]), "its merges are not all pairs of tokens"),
     "merges that are null": (set_model(merges=[None]), "its merges are not all pairs of tokens"),
@@ -232,10 +235,6 @@ UNSUPPORTED = {
         r"no merge makes the tokens \['xyz'\]",
     ),
     "an invalid pattern": (set_steps(SPLIT | {"pattern": {"Regex": "(("}}, BYTE_LEVEL), r"its split pattern '\(\("),
-    "digits in groups": (
-        set_steps({"type": "Digits", "individual_digits": False}, BYTE_LEVEL | {"use_regex": True}),
-        "the pre_tokenizer .* is not supported",
-    ),
 }
 
 
@@ -291,7 +290,7 @@ def test_the_default_models_tokenizer_written_and_read_again(smollm, tmp_path):
     import transformers
 
     write_tokenizer_json(tmp_path, smollm.vocabulary)
-    assert smollm.vocabulary.pattern == SMOLLM_PATTERN
+    assert smollm.vocabulary.split_steps == SMOLLM_STEPS
     read_back = Tokenizer(tmp_path / "tokenizer.json")
     assert same_tokenizer(read_back, smollm)
     engine = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -313,7 +312,7 @@ def test_the_default_models_tokenizer_written_and_read_again(smollm, tmp_path):
 @pytest.mark.real
 def test_llama3s_tokenizer_written_and_read_again(real_llama3, tmp_path):
     write_tokenizer_json(tmp_path, real_llama3.vocabulary)
-    assert real_llama3.vocabulary.pattern == LLAMA3_PATTERN
+    assert real_llama3.vocabulary.split_steps == LLAMA3_STEPS
     read_back = Tokenizer(tmp_path / "tokenizer.json")
     assert same_tokenizer(read_back, real_llama3)
     engine = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))

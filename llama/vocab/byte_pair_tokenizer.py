@@ -5,12 +5,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import regex
 import tiktoken
 
-from llama.errors import CheckpointError
 from llama.vocab.added_tokens import AddedTokenSplitter, Names, names_to_recognise
+from llama.vocab.split_steps import GPT2_PATTERN, GPT2_STEPS, LLAMA3_PATTERN, LLAMA3_STEPS, SMOLLM_STEPS
+from llama.vocab.text_splitter import TextSplitter
 from llama.vocab.vocabulary import Vocabulary
+
+# Steps that one pattern of tiktoken's is equal to.
+SMOLLM_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+TIKTOKEN_PATTERNS = {LLAMA3_STEPS: LLAMA3_PATTERN, GPT2_STEPS: GPT2_PATTERN, SMOLLM_STEPS: SMOLLM_PATTERN}
 
 # tiktoken's regular expression engine fails on much longer texts, and on much longer runs of spaces or non-spaces.
 MAX_TEXT = 400_000  # characters
@@ -21,7 +25,7 @@ class BytePairTokenizer:
     """Byte-pair encoding with a given vocabulary.
 
     Args:
-        vocabulary: the tokens, and the pattern that splits a text before they are merged.
+        vocabulary: the tokens, and the steps that split a text before they are merged.
         path: the file it was read from, for error messages.
 
     Attributes:
@@ -29,7 +33,7 @@ class BytePairTokenizer:
         n_words: one more than the largest token id.
 
     Raises:
-        CheckpointError: the split pattern is not a valid regular expression, or matches the empty text.
+        CheckpointError: a pattern by which it splits a text is not supported, or hostile.
     """
 
     def __init__(self, vocabulary: Vocabulary, path: Path) -> None:
@@ -43,19 +47,15 @@ class BytePairTokenizer:
         self._bytes = {i: token for token, i in vocabulary.ranks.items()}
         self._bytes |= {token.id: token.content.encode() for token in vocabulary.added_tokens}
         self.n_words = 1 + max(self._bytes)
-        try:
-            self._pattern = regex.compile(vocabulary.pattern)
-            self.model = tiktoken.Encoding(
-                name="llama",
-                pat_str=vocabulary.pattern,
-                mergeable_ranks=vocabulary.ranks,
-                special_tokens=vocabulary.special_tokens,
-            )
-        except (ValueError, regex.error) as error:
-            raise CheckpointError(f"{path}: its split pattern {vocabulary.pattern!r:.200} fails: {error}") from error
-        # tiktoken panics on empty pieces of a text.
-        if any(not match[0] for text in ("", "Ab, é中 12\n\t🙂") for match in self._pattern.finditer(text)):
-            raise CheckpointError(f"{path}: its split pattern {vocabulary.pattern!r:.200} matches the empty text")
+        self._text_splitter = TextSplitter(vocabulary.split_steps, path)
+        # tiktoken splits by one pattern, and has no time limit; for other steps its splitting isn't used.
+        self._tiktoken_splits = vocabulary.split_steps in TIKTOKEN_PATTERNS
+        self.model = tiktoken.Encoding(
+            name="llama",
+            pat_str=TIKTOKEN_PATTERNS.get(vocabulary.split_steps, r"[\s\S]+"),
+            mergeable_ranks=vocabulary.ranks,
+            special_tokens=vocabulary.special_tokens,
+        )
         # Some vocabularies (SmolLM2's) lack tokens for some bytes. They are dropped, as Hugging Face does; tiktoken
         # would panic.
         self._bytes_without_token = bytes(byte for byte in range(256) if bytes([byte]) not in vocabulary.ranks)
@@ -92,21 +92,18 @@ class BytePairTokenizer:
     def _encode_text(self, text: str) -> list[int]:
         """Token ids of a text in which no added token is recognised.
 
-        Where it has bytes without a token, it is split into pieces with these bytes in place; within a piece their
-        neighbours merge as if they weren't there. What is left may not be UTF-8, and tiktoken takes strings only, so
-        `merge_byte_pairs` encodes it.
+        A text is split with the bytes without a token in place; within a piece their neighbours merge as if they
+        weren't there. What is left may not be UTF-8, and tiktoken takes strings only.
         """
         ids: list[int] = []
         encoded = text.encode()
         lacks_token = len(encoded.translate(None, self._bytes_without_token)) < len(encoded)
         for segment in split_long(text):
-            if not lacks_token:
+            if self._tiktoken_splits and not lacks_token:
                 ids += self.model.encode_ordinary(segment)
-                continue
-            for piece in self._pattern.findall(segment):
-                ids += merge_byte_pairs(
-                    piece.encode().translate(None, self._bytes_without_token), self.vocabulary.ranks
-                )
+            else:
+                for piece in self._text_splitter.split(segment):
+                    ids += merge_byte_pairs(piece.translate(None, self._bytes_without_token), self.vocabulary.ranks)
         return ids
 
     def decode(self, ids: list[int]) -> str:

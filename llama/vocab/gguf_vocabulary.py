@@ -3,25 +3,28 @@
 from llama.errors import CheckpointError
 from llama.gguf_file import GGUFFile
 from llama.vocab.added_tokens import AddedToken
-from llama.vocab.tokenizer_config import TokenizerConfig
-from llama.vocab.vocabulary import (
-    END_TOKENS,
-    GPT2_PATTERN,
-    LLAMA3_PATTERN,
-    SMOLLM_PATTERN,
-    Vocabulary,
-    byte_level_ranks,
+from llama.vocab.split_steps import (
+    DEEPSEEK_CODER_STEPS,
+    DEEPSEEK_LLM_STEPS,
+    GPT2_STEPS,
+    LLAMA3_STEPS,
+    SMOLLM_STEPS,
 )
+from llama.vocab.tokenizer_config import TokenizerConfig
+from llama.vocab.vocabulary import END_TOKENS, Vocabulary, byte_level_ranks
 
 # By `tokenizer.ggml.pre`.
-PATTERNS = {
-    "llama-bpe": LLAMA3_PATTERN,
-    "llama3": LLAMA3_PATTERN,
-    "llama-v3": LLAMA3_PATTERN,
-    "smollm": SMOLLM_PATTERN,
-    "starcoder": SMOLLM_PATTERN,
-    "refact": SMOLLM_PATTERN,
-    "gpt-2": GPT2_PATTERN,
+SPLIT_STEPS = {
+    "llama-bpe": LLAMA3_STEPS,
+    "llama3": LLAMA3_STEPS,
+    "llama-v3": LLAMA3_STEPS,
+    "falcon3": LLAMA3_STEPS,
+    "smollm": SMOLLM_STEPS,
+    "starcoder": SMOLLM_STEPS,
+    "refact": SMOLLM_STEPS,
+    "gpt-2": GPT2_STEPS,
+    "deepseek-llm": DEEPSEEK_LLM_STEPS,
+    "deepseek-coder": DEEPSEEK_CODER_STEPS,
 }
 
 SENTENCEPIECE_TOKENS = ("<unk>", "<s>", "</s>")  # which every sentencepiece model has; others are added ones
@@ -48,8 +51,8 @@ def read_gguf_vocabulary(file: GGUFFile) -> Vocabulary:
             f"can be read from a GGUF file; pass the model's own tokenizer as tokenizer_path"
         )
     pre = file.get("tokenizer.ggml.pre", str, "missing")
-    if pre not in PATTERNS:
-        raise CheckpointError(f"{path}: tokenizer.ggml.pre is {pre!r}, not one of {sorted(PATTERNS)}")
+    if pre not in SPLIT_STEPS:
+        raise CheckpointError(f"{path}: tokenizer.ggml.pre is {pre!r}, not one of {sorted(SPLIT_STEPS)}")
     tokens = file.get("tokenizer.ggml.tokens", list)
     types = file.get("tokenizer.ggml.token_type", list)
     merges = file.get("tokenizer.ggml.merges", list)
@@ -69,11 +72,11 @@ def read_gguf_vocabulary(file: GGUFFile) -> Vocabulary:
     return Vocabulary(
         ranks,
         tuple(AddedToken(token, i, special=types[i] != USER_DEFINED) for token, i in special.items()),
-        PATTERNS[pre],
+        SPLIT_STEPS[pre],
         bos_id=bos_id,
         eos_id=eos_id,
         stop_tokens=_read_end_ids(file, tokens) | {special[name] for name in END_TOKENS if name in special},
-        add_bos=file.get("tokenizer.ggml.add_bos_token", bool, PATTERNS[pre] == LLAMA3_PATTERN),
+        add_bos=file.get("tokenizer.ggml.add_bos_token", bool, SPLIT_STEPS[pre] == LLAMA3_STEPS),
         chat_template=chat_template,
         chat_template_source=None if chat_template is None else CHAT_TEMPLATE,
         template_tokens={name: token.content for name, token in _read_named_tokens(file, tokens).items()},

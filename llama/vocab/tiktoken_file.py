@@ -7,8 +7,9 @@ from pathlib import Path
 
 from llama.errors import CheckpointError
 from llama.vocab.added_tokens import AddedToken
+from llama.vocab.split_steps import LLAMA3_STEPS
 from llama.vocab.tokenizer_config import TokenizerConfig
-from llama.vocab.vocabulary import END_TOKENS, LLAMA3_PATTERN, Vocabulary
+from llama.vocab.vocabulary import END_TOKENS, Vocabulary
 
 # The file doesn't list them: they follow its ranks, in this order.
 LLAMA3_SPECIAL_TOKENS = [
@@ -77,7 +78,7 @@ def read_tiktoken_file(path: Path, config: TokenizerConfig | None = None) -> Voc
     return Vocabulary(
         ranks,
         added_tokens,
-        LLAMA3_PATTERN,
+        LLAMA3_STEPS,
         bos_id=bos_id,
         eos_id=eos_id,
         stop_tokens=stop_tokens | {eos_id},
@@ -103,7 +104,7 @@ def fits_tiktoken_file(vocabulary: Vocabulary) -> bool:
     n, special = len(vocabulary.ranks), vocabulary.special_tokens
     used = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
     return (
-        vocabulary.pattern == LLAMA3_PATTERN
+        vocabulary.split_steps == LLAMA3_STEPS
         and sorted(vocabulary.ranks.values()) == list(range(n))
         and sorted(special.values()) == list(range(n, n + len(LLAMA3_SPECIAL_TOKENS)))
         and all(special.get(name) == n + LLAMA3_SPECIAL_TOKENS.index(name) for name in used)

@@ -5,21 +5,14 @@ from typing import Any
 
 from llama.errors import CheckpointError
 from llama.files import Metadata, read_json, write_json
+from llama.vocab.pre_tokenizer import read_pre_tokenizer, write_pre_tokenizer
 from llama.vocab.tokenizer_config import (
     EOS_FILES,
     read_added_token,
     read_tokenizer_config,
     write_tokenizer_config,
 )
-from llama.vocab.vocabulary import (
-    END_TOKENS,
-    GPT2_PATTERN,
-    LLAMA3_PATTERN,
-    SMOLLM_PATTERN,
-    Vocabulary,
-    byte_level_ranks,
-    gpt2_characters,
-)
+from llama.vocab.vocabulary import END_TOKENS, Vocabulary, byte_level_ranks, gpt2_characters
 
 
 def read_tokenizer_json(path: Path) -> Vocabulary:
@@ -53,7 +46,7 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
     return Vocabulary(
         ranks,
         added_tokens,
-        _split_pattern(file.values.get("pre_tokenizer"), path),
+        read_pre_tokenizer(file.values.get("pre_tokenizer"), path),
         bos_id=bos_id,
         eos_id=eos_id,
         stop_tokens=stop_tokens | {eos_id},
@@ -131,44 +124,12 @@ def _leading_special_token(post_processor: Any) -> tuple[str | None, bool]:
     return None, False
 
 
-def _split_pattern(pre_tokenizer: Any, path: Path) -> str:
-    """The regular expression that splits a text as a pre-tokenizer does.
-
-    Raises:
-        CheckpointError: another kind of pre-tokenizer than those that have one.
-    """
-    steps = pre_tokenizer.get("pretokenizers") if isinstance(pre_tokenizer, dict) else None
-    steps = [pre_tokenizer] if steps is None else steps
-    if isinstance(steps, list) and all(isinstance(step, dict) for step in steps):
-        kinds = [step.get("type") for step in steps]
-        adds_space = any(step.get("add_prefix_space") for step in steps)
-        if kinds[-1:] == ["ByteLevel"] and not adds_space:
-            splits_like_gpt2 = steps[-1].get("use_regex", True)
-            if len(steps) == 1 and splits_like_gpt2:
-                return GPT2_PATTERN
-            if kinds[:-1] == ["Digits"] and steps[0].get("individual_digits") and splits_like_gpt2:
-                return SMOLLM_PATTERN
-            if kinds[:-1] == ["Split"] and steps[0].get("behavior") == "Isolated" and not splits_like_gpt2:
-                pattern = steps[0].get("pattern")
-                regex = pattern.get("Regex") if isinstance(pattern, dict) else None
-                if isinstance(regex, str) and not steps[0].get("invert"):
-                    # Text between two matches is a piece too. The well-known patterns match everything.
-                    matches_everything = regex in (LLAMA3_PATTERN, GPT2_PATTERN, SMOLLM_PATTERN)
-                    return regex if matches_everything else rf"{regex}|(?:(?!{regex})[\s\S])+"
-    raise CheckpointError(f"{path}: the pre_tokenizer {pre_tokenizer!r:.300} is not supported")
-
-
 def write_tokenizer_json(folder: Path, vocabulary: Vocabulary) -> None:
     """Write `tokenizer.json`, and beside it `tokenizer_config.json` and `generation_config.json`."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    byte_level_without_split = byte_level | {"use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": vocabulary.pattern}, "behavior": "Isolated", "invert": False}
-    steps: list[dict[str, Any]] = [split, byte_level_without_split]
-    if vocabulary.pattern == SMOLLM_PATTERN:
-        steps = [{"type": "Digits", "individual_digits": True}, byte_level]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     special_names = {i: name for name, i in vocabulary.special_tokens.items()}
     bos = None if vocabulary.bos_id is None else special_names.get(vocabulary.bos_id)
-    post_processor: dict[str, Any] = byte_level_without_split
+    post_processor: dict[str, Any] = byte_level
     if vocabulary.add_bos and bos is not None:
         start, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
         second_text = {"Sequence": {"id": "B", "type_id": 1}}
@@ -200,9 +161,9 @@ def write_tokenizer_json(folder: Path, vocabulary: Vocabulary) -> None:
             "padding": None,
             "added_tokens": added_tokens,
             "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+            "pre_tokenizer": write_pre_tokenizer(vocabulary.split_steps),
             "post_processor": post_processor,
-            "decoder": byte_level_without_split,
+            "decoder": byte_level,
             "model": {
                 "type": "BPE",
                 "dropout": None,

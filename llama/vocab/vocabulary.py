@@ -5,14 +5,7 @@ from pathlib import Path
 
 from llama.errors import CheckpointError
 from llama.vocab.added_tokens import AddedToken
-
-# Patterns that split a text into the pieces that byte pairs are merged within.
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SMOLLM_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+from llama.vocab.split_steps import SplitStep
 
 # Special tokens that end a text or a chat turn, whether or not a file says so.
 END_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|im_end|>")
@@ -25,7 +18,7 @@ class Vocabulary:
     Attributes:
         ranks: the bytes of each ordinary token -> its id, which is its merging priority as well.
         added_tokens: the tokens that are recognised before the rest of a text is encoded.
-        pattern: the regular expression that splits a text into the pieces that byte pairs are merged within.
+        split_steps: how a text is split into the pieces that byte pairs are merged within.
         bos_id: the token that begins a text, or None.
         eos_id: the token that ends a text.
         stop_tokens: the tokens at which generation ends.
@@ -37,7 +30,7 @@ class Vocabulary:
 
     ranks: dict[bytes, int]
     added_tokens: tuple[AddedToken, ...]
-    pattern: str
+    split_steps: tuple[SplitStep, ...]
     bos_id: int | None
     eos_id: int
     stop_tokens: set[int]
