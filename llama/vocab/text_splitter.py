@@ -70,7 +70,9 @@ class TextSplitter:
         for step, pattern in self._steps:
             if step.on_bytes and not on_bytes:
                 pieces, on_bytes = [to_gpt2_characters(piece) for piece in pieces], True
-            pieces = [part for piece in pieces for part in cut(piece, self._matches(pattern, piece, deadline), step)]
+            # Most words of a text are there many times.
+            parts = {piece: cut(piece, self._matches(pattern, piece, deadline), step) for piece in set(pieces)}
+            pieces = [part for piece in pieces for part in parts[piece]]
         return map(from_gpt2_characters if on_bytes else str.encode, pieces)
 
     def _matches(self, pattern: regex.Pattern[str], text: str, deadline: float) -> Iterator[regex.Match[str]]:
