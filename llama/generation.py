@@ -31,7 +31,6 @@ from llama.protocols import DialogFormat, LanguageModel, TextTokenizer
 from llama.sampling import sample_top_p
 from llama.sampling_params import SamplingOptions, SamplingParams, check_number
 from llama.streaming import Piece
-from llama.tokenizer import Tokenizer
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Piece", "Role", "sample_top_p"]
 
@@ -119,7 +118,7 @@ class Llama:
         if dtype not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
             raise InputError(f"dtype={dtype!r} must be torch.bfloat16, float16, float32 or float64")
         checkpoint = open_checkpoint(ckpt_dir)
-        tokenizer = Tokenizer(tokenizer_path) if tokenizer_path is not None else checkpoint.tokenizer()
+        tokenizer = checkpoint.tokenizer(tokenizer_path)
         args = checkpoint.settings.model_args(tokenizer.n_words, max_seq_len, max_batch_size)
         check_tensors(checkpoint, args)
 

@@ -244,7 +244,8 @@ def test_info_on_every_layout(runner, tmp_path, llama3_path):
     parameters = sum(weight.numel() for weight in small.parameters())
     for path, layout in ((tmp_path / "model.gguf", "GGUF"), (tmp_path / "hf", "Hugging Face, 1 file of weights")):
         printed = describe(path, "--dtype", "float32", "--max_seq_len", 64, "--max_batch_size", 3)
-        assert (printed["layout"], printed["chat format"]) == (layout, "ChatML")
+        chat_format = "ChatML, as its tokens tell: it comes with no template"
+        assert (printed["layout"], printed["chat format"]) == (layout, chat_format)
         assert printed["parameters"] == f"{parameters:,}"
         assert printed["weights"].startswith(f"{4 * parameters:,} bytes")
         assert printed["KV cache"].startswith(f"{2 * 2 * 3 * 2 * 64 * 32 * 4:,} bytes")
@@ -253,7 +254,8 @@ def test_info_on_every_layout(runner, tmp_path, llama3_path):
         assert printed["this machine"].endswith("it fits")
     meta = write_meta_checkpoint(tmp_path / "meta", tiny_model(vocab_size=524), llama3_path, 2)
     printed = describe(meta, "--nproc", 2, "--max_seq_len", 64)
-    assert (printed["layout"], printed["chat format"]) == ("Meta, 2 files of weights", "Llama 3")
+    chat_format = "Llama 3, as its tokens tell: it comes with no template"
+    assert (printed["layout"], printed["chat format"]) == ("Meta, 2 files of weights", chat_format)
     assert "on each of 2 processes" in printed["memory"]
     printed = describe(meta, "--max_seq_len", 8192, "--max_batch_size", 10**7)
     assert "it does not fit: " in printed["this machine"]
@@ -288,6 +290,6 @@ def test_the_default_model():
     assert described.returncode == 0, described.stderr
     printed = by_first_column(described.stdout)
     assert printed["parameters"] == "134,515,008"
-    assert printed["chat format"] == "ChatML"
+    assert printed["chat format"] == "the model's own template, from tokenizer.chat_template"
     completed = start_llama("complete", "I believe the meaning of life is", *GREEDY)
     assert completed.stdout == " to find a way to live a life that\n"

@@ -188,8 +188,8 @@ def help_text(component: Command | Mapping[str, LazyCommand], name: str) -> str:
     text = text.replace(" | None\n", "\n").replace("pathlib.Path", "Path").replace("Type: Optional\n", "Type: str\n")
     text = text.replace("    -h, --", "    --")  # fire's abbreviation of an option, but here -h is --help
     if isinstance(component, Mapping):
-        text += f"\n\n{name} COMMAND --help describes a command, {name} --version says which version this is. --debug adds a "
-        text += "traceback to an error message."
+        text += f"\n\n{name} COMMAND --help describes a command; {name} --version prints the version. "
+        text += "--debug adds a traceback to an error message."
     return text
 
 

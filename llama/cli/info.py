@@ -1,5 +1,6 @@
 """`llama info`: describes a checkpoint, and says whether it fits into memory."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -73,11 +74,17 @@ def info(
 
 def describe_layout(path: Path) -> str:
     """Name a checkpoint's layout, with the number of its files of weights."""
-    for file, name, pattern in (("params.json", "Meta", "*.pth"), ("config.json", "Hugging Face", "*.safetensors")):
+    for file, name, patterns in (
+        ("params.json", "Meta", ("*.pth",)),
+        ("config.json", "Hugging Face", ("*.safetensors", "pytorch_model*.bin")),
+    ):
         if (path / file).is_file():
-            count = len(list(path.glob(pattern)))
+            counts = [len(list(path.glob(pattern))) for pattern in patterns]
+            count = next(filter(None, counts), 0)
             return f"{name}, {count} file{'s' * (count != 1)} of weights" if count else f"{name}, without weights"
-    return "GGUF"
+    first_file = path if path.is_file() else min(path.glob("*.gguf"))
+    split = re.search(r"-of-0*(\d+)\.gguf$", first_file.name)
+    return "GGUF" if split is None else f"GGUF, {split[1]} files of weights"
 
 
 def describe_model(args: ModelArgs, advised_seq_len: int | None) -> dict[str, str]:

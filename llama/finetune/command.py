@@ -104,7 +104,7 @@ def finetune(
         raise InputError("dtype='float16' must be 'bfloat16' or 'float32': small gradients would underflow in float16")
 
     checkpoint = open_checkpoint(default_checkpoint() if ckpt_dir is None else ckpt_dir)
-    tokenizer = Tokenizer(tokenizer_path) if tokenizer_path is not None else checkpoint.tokenizer()
+    tokenizer = checkpoint.tokenizer(tokenizer_path)
     args = checkpoint.settings.model_args(tokenizer.n_words, max_seq_len, max_batch_size=1)
     check_tensors(checkpoint, args)
     formatter = find_chat_format(tokenizer, chat_format) if format == "chat" else None
