@@ -16,6 +16,8 @@ Default = TypeVar("Default")
 
 _REQUIRED = object()
 
+MAX_JSON_BYTES = 2**26  # twice the largest tokenizer.json there is
+
 
 def require_path(path: str | Path, name: str) -> Path:
     """`path` as a Path to an existing file or folder, with `~` expanded.
@@ -140,9 +142,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        CheckpointError: the file can't be read, or isn't a JSON object.
+        CheckpointError: the file can't be read, is far too long, or isn't a JSON object.
     """
-    head = first_bytes(path)
+    head, size = first_bytes(path), path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {size} bytes, too many for a file of settings or of tokens")
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

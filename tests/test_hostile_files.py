@@ -21,9 +21,13 @@ from conftest import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_hugging_face import random_hugging_face_model
+from test_lora_adapter import write_adapter
 
 from llama import Llama, Tokenizer
 from llama.checkpoint import save_checkpoint
+from llama.convert import convert
 from llama.errors import InputError, MissingFileError
 from llama.files import new_folder
 
@@ -53,6 +57,19 @@ def hugging_face(folder: Path, shards: int = 1) -> None:
     write_tokenizer_json(folder)
 
 
+def pickled(folder: Path, shards: int = 1) -> None:
+    """Hugging Face's layout with pickled weights instead of safetensors."""
+    hugging_face(folder, shards)
+    for path in folder.glob("*.safetensors"):
+        name = path.name.replace("model", "pytorch_model").replace(".safetensors", ".bin")
+        torch.save({name: weight.clone() for name, weight in load_file(path).items()}, folder / name)
+        path.unlink()
+    for path in folder.glob("*.index.json"):
+        index = path.read_text().replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
+        (folder / "pytorch_model.bin.index.json").write_text(index)
+        path.unlink()
+
+
 def gguf_file(folder: Path) -> None:
     write_gguf(folder / "model.gguf", tiny_model(**SMALL))
 
@@ -62,6 +79,8 @@ LAYOUTS = {
     "Meta, Llama 2": llama_2,
     "Hugging Face": hugging_face,
     "Hugging Face, with an index": lambda folder: hugging_face(folder, 3),
+    "Hugging Face, pickled": pickled,
+    "Hugging Face, pickled, with an index": lambda folder: pickled(folder, 3),
     "GGUF": gguf_file,
 }
 
@@ -122,6 +141,41 @@ def test_damaged_files_are_refused_with_our_own_exceptions(layout, record_proper
     assert outcomes["loaded"] > 0  # where only a weight or a token has changed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pickled", [False, True])
+def test_damaged_adapters_are_refused_with_our_own_exceptions(tmp_path_factory, pickled, record_property):
+    model = random_hugging_face_model(num_key_value_heads=2, num_hidden_layers=1)
+    base, merged = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("merged") / "model"
+    model.save_pretrained(base)
+    modules = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
+    options = {"target_modules": r".*\.(q|down)_proj", "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"mlp.*": 2}}
+    folder = write_adapter(merged.parent / "adapter", model, modules, pickled=pickled, **options)
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    outcomes: Counter[str] = Counter()
+
+    @settings(max_examples=250, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def merge_a_damaged_adapter(data):
+        file = data.draw(st.sampled_from(sorted(files)))
+        (folder / file).write_bytes(data.draw(damage(files[file])))
+        try:
+            convert(base, merged, adapter=folder)
+            outcomes["merged"] += 1
+            shutil.rmtree(merged)
+        except (InputError, MissingFileError) as error:
+            outcomes[type(error).__name__] += 1
+            if str(folder) not in str(error):
+                raise ValueError("the message doesn't name the file") from error
+        finally:
+            (folder / file).write_bytes(files[file])
+
+    merge_a_damaged_adapter()
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
+    record_property("summary", f"damaged adapters: {outcomes.total()} tried: {counts}")
+    assert outcomes["CheckpointError"] > 50
+    assert outcomes["merged"] > 0
+
+
 def build_and_generate(folder: Path) -> str:
     """What comes of it: the name of the exception that was raised, or whether it loaded."""
     try:
@@ -169,6 +223,16 @@ def test_what_is_no_file_is_refused_without_waiting(layout, put, tmp_path):
         Llama.build(copy, None, 16, 1, device="cpu")
     with pytest.raises((InputError, MissingFileError), match="copy"):
         Llama.build(folder, copy, 16, 1, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_a_json_file_that_would_fill_memory_is_not_read(tmp_path, name):
+    (tmp_path / "model").mkdir()
+    hugging_face(tmp_path / "model")
+    with (tmp_path / "model" / name).open("r+b") as file:
+        file.truncate(2**40)  # takes no space on the disk
+    with pytest.raises(ValueError, match=rf"{name} has 1099511627776 bytes, too many for a file of settings"):
+        load(tmp_path / "model")
 
 
 @pytest.mark.parametrize("size", [2**20, 2**40, 2**62])

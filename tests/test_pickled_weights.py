@@ -3,6 +3,8 @@
 import io
 import os
 import pickle
+import pickletools
+import struct
 import time
 import tracemalloc
 import zipfile
@@ -279,6 +281,56 @@ def test_absurd_pickles_are_refused_with_little_memory(refused, name):
     refused(ABSURD[name])
     assert tracemalloc.get_traced_memory()[1] < 100e6
     tracemalloc.stop()
+
+
+OPCODES = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]
+
+
+@given(st.data())
+@examples(500)
+def test_damaged_instructions(tmp_path_factory, data):
+    """With a right checksum, so that they are followed: what passes the check loads, whatever it is."""
+    content = {"a": tensor(), "b": Call(torch._utils._rebuild_parameter, tensor(), True, OrderedDict())}
+    instructions = bytearray(pickled(OrderedDict(content)))
+    for _ in range(data.draw(st.integers(1, 5))):
+        at = data.draw(st.integers(0, len(instructions) - 1))
+        length = data.draw(st.integers(0, 3))
+        piece = st.sampled_from(OPCODES) | st.binary(max_size=4) | st.just(bytes(instructions[at : at + 9]))
+        instructions[at : at + length] = data.draw(piece)
+    path = tmp_path_factory.getbasetemp() / "damaged.pth"
+    write_archive(path, bytes(instructions))
+    try:
+        loaded = open_pickled_weights(path)
+    except CheckpointError:
+        return
+    assert all(weight.numel() <= 4 for weight in loaded.values())
+
+
+@pytest.mark.parametrize("large_record", [False, True])
+def test_a_zip_file_with_hundreds_of_thousands_of_entries(tmp_path, large_record):
+    """The list of contents of a small file may be long, and each entry takes zipfile half a kilobyte."""
+    entry = struct.pack("<4s6H3L5H2L", b"PK\1\2", 20, 20, *[0] * 7, 1, *[0] * 6) + b"x"
+    directory = entry * 400_000
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0, 0, 0 if large_record else len(directory), 0, 0)
+    if large_record:
+        large = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 0, 0, len(directory), 0)
+        end = large + struct.pack("<4sLQL", b"PK\6\7", 0, len(directory), 1) + end
+    (tmp_path / "file.pth").write_bytes(directory + end)
+    with zipfile.ZipFile(tmp_path / "file.pth") as archive:
+        assert len(archive.namelist()) == 400_000
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=r"file\.pth .*list of contents is too long for a file of weights"):
+        open_pickled_weights(tmp_path / "file.pth")
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("end", [b"", b"more", b"PK\6\7" + bytes(16) + b"PK\5\6" + bytes(18)])
+def test_what_does_not_end_as_a_zip_file(tmp_path, end):
+    path = write_archive(tmp_path / "file.pth", pickled({"a": tensor()}))
+    path.write_bytes(path.read_bytes()[:-1] + end)
+    with pytest.raises(CheckpointError, match=r"is damaged or cut short: .*it doesn't end as a zip file"):
+        open_pickled_weights(path)
 
 
 def test_two_entries_of_the_same_name(tmp_path):

@@ -20,6 +20,7 @@ from llama.errors import CheckpointError
 from llama.files import first_bytes, raise_if_unmappable
 
 # A list of 10,000 tensors takes 1 MB and 300,000 instructions.
+MAX_DIRECTORY_BYTES = 2**24  # of the zip file: some 100 for each tensor
 MAX_PICKLE_BYTES = 2**24
 MAX_INSTRUCTIONS = 2**19
 
@@ -107,6 +108,8 @@ def _read_archive(path: Path) -> tuple[bytes, dict[str, int]]:
     Raises:
         ValueError: the entries of the zip file are not those that `torch.save` writes.
     """
+    if _directory_bytes(path) > MAX_DIRECTORY_BYTES:
+        raise ValueError("the zip file's list of contents is too long for a file of weights")
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         # torch's reader ignores case; which of two entries it took would not be certain.
@@ -122,6 +125,23 @@ def _read_archive(path: Path) -> tuple[bytes, dict[str, int]]:
         prefix = f"{root}/data/"
         data = {name: entry.file_size for name, entry in entries.items() if name.startswith(prefix)}
         return archive.read(pickle), {name.removeprefix(prefix): size for name, size in data.items()}
+
+
+def _directory_bytes(path: Path) -> int:
+    """The length of a zip file's list of contents, all of which `zipfile` would make into objects.
+
+    Raises:
+        ValueError: the file doesn't end as `torch.save` ends it, with a record of 22 bytes; before it may be a record
+            of 56 bytes with larger numbers, and one of 20 bytes that leads to it.
+    """
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 98))
+        end = file.read()
+    has_large_record = end.startswith(b"PK\6\6")
+    if end[-22:-18] != b"PK\5\6" or has_large_record != (end[-42:-38] == b"PK\6\7"):
+        raise ValueError("it doesn't end as a zip file")
+    length = int.from_bytes(end[-10:-6], "little")
+    return max(length, int.from_bytes(end[-58:-50], "little")) if has_large_record else length
 
 
 def check_pickle(path: Path, pickle: bytes, data_sizes: Mapping[str, int]) -> None:
