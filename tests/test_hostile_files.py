@@ -230,8 +230,8 @@ def test_a_json_file_that_would_fill_memory_is_not_read(tmp_path, name):
     (tmp_path / "model").mkdir()
     hugging_face(tmp_path / "model")
     with (tmp_path / "model" / name).open("r+b") as file:
-        file.truncate(2**40)  # takes no space on the disk
-    with pytest.raises(ValueError, match=rf"{name} has 1099511627776 bytes, too many for a file of settings"):
+        file.truncate(2**27)  # takes no space on the disk
+    with pytest.raises(ValueError, match=rf"{name} has 134217728 bytes, too many for a file of settings"):
         load(tmp_path / "model")
 
 
