@@ -391,7 +391,7 @@ REFUSED = {
     "a pattern that calls itself": ({"target_modules": "(?R)"}, "not a simple regular expression"),
     "a pattern of counted repeats": ({"target_modules": "((a{9999}){9999}){9999}"}, "not a simple regular expression"),
     "a long pattern": ({"rank_pattern": {"a" * 3000: 3}}, "is too long, or not a simple regular expression"),
-    "a deep pattern": ({"target_modules": "(" * 900 + ")" * 900}, "is not valid: maximum recursion depth"),
+    "a deep pattern": ({"target_modules": "(" * 30 + "a" + ")+" * 30}, "not a simple regular expression"),
     "a pattern of no module": ({"target_modules": "nothing"}, "doesn't name"),
 }
 

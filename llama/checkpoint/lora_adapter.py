@@ -5,6 +5,7 @@ matrices for each adapted module: A (rank, in_features) and B (out_features, ran
 with `use_rslora` lora_alpha / sqrt(rank) (arXiv 2312.03732).
 """
 
+import itertools
 import math
 import re
 import time
@@ -64,6 +65,7 @@ SAFE_PATTERN = re.compile(
     r"(?:[\w\s.*+?|^$)-]|\((?!\?)|\(\?(?:[:=!]|<[=!])|\\[.\-_dDwWb]|\[\^?[\w\\.-]+\]|\{[01],\}|\{0,1\})*"
 )
 MAX_PATTERN = 2000  # characters
+MAX_DEPTH = 5  # groups within groups; for each, compiling may take twice as long
 MAX_SECONDS = 5.0  # for all regular expressions of an adapter together
 
 
@@ -252,13 +254,14 @@ class AdapterConfig:
         return layers
 
     def _compile(self, pattern: str) -> regex.Pattern[str]:
-        if len(pattern) > MAX_PATTERN or not SAFE_PATTERN.fullmatch(pattern):
+        depths = itertools.accumulate((char == "(") - (char == ")") for char in re.sub(r"\\.", "", pattern))
+        if len(pattern) > MAX_PATTERN or not SAFE_PATTERN.fullmatch(pattern) or max(depths, default=0) > MAX_DEPTH:
             raise CheckpointError(
                 f"{self.path}: the pattern {pattern!r:.80} is too long, or not a simple regular expression"
             )
         try:
             return regex.compile(pattern)
-        except (regex.error, RecursionError) as error:
+        except regex.error as error:
             raise CheckpointError(f"{self.path}: the pattern {pattern!r:.80} is not valid: {error}") from error
 
     def _matches(self, pattern: regex.Pattern[str], module: str) -> bool:
