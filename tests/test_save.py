@@ -547,6 +547,11 @@ def test_tokenizer_json_is_written_where_tokenizer_model_does_not_suffice(tmp_pa
     ours, theirs = (open_checkpoint(tmp_path / layout).tokenizer() for layout in ("meta", "hf"))
     assert ours.stop_tokens == theirs.stop_tokens == {269, 276, 277}
     write_tokenizer_json(tmp_path / "hf", ("end_of_text", "eot_id"))
+    convert(tmp_path / "hf", tmp_path / "with a template")
+    assert open_checkpoint(tmp_path / "with a template").tokenizer().chat_template == "{{ bos_token }}"
+    config = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(config))
     convert(tmp_path / "hf", tmp_path / "plain")
     assert not (tmp_path / "plain" / "tokenizer.json").exists()
     assert open_checkpoint(tmp_path / "plain").tokenizer().stop_tokens == {269, 277}

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,8 +18,10 @@ from llama.files import new_folder
 from llama.model import Transformer
 from llama.model_args import ModelArgs
 from llama.tokenizer import Tokenizer
+from llama.vocab import SentencePieceTokenizer, Vocabulary
+from llama.vocab.sentencepiece_tokenizer import write_sentencepiece_config
 from llama.vocab.tiktoken_file import fits_tiktoken_file, read_tiktoken_file, write_tiktoken_file
-from llama.vocab.tokenizer_config import write_tokenizer_config
+from llama.vocab.tokenizer_config import TokenizerConfig
 from llama.vocab.tokenizer_json import write_tokenizer_json
 
 LAYOUTS = ("meta", "hf")
@@ -156,21 +157,24 @@ def write_tokenizer(folder: Path, layout: str, tokenizer: Tokenizer, implied_sto
         folder, layout, tokenizer: see `save_checkpoint`.
         implied_stop_tokens: the stop tokens that Meta's layout implies for this model.
     """
-    vocabulary = tokenizer.vocabulary
-    if vocabulary is None:
-        model: Any = tokenizer.model
-        (folder / "tokenizer.model").write_bytes(model.serialized_model_proto())
-        if layout == "hf":
-            ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
-            config = {key: model.id_to_piece(i) for key, i in ids.items() if i >= 0}
-            config |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": tokenizer.add_bos, "legacy": True}
-            write_tokenizer_config(folder, config, tokenizer.bos_id, tokenizer.stop_tokens)
+    engine, path = tokenizer.engine, folder / "tokenizer.model"
+
+    def is_complete(alone: SentencePieceTokenizer | Vocabulary) -> bool:
+        """Whether the files need say no more than what `tokenizer.model` alone says."""
+        ours, theirs = (tokens | implied_stop_tokens for tokens in (tokenizer.stop_tokens, alone.stop_tokens))
+        says_the_same = (ours, tokenizer.add_bos) == (theirs, alone.add_bos)
+        return layout == "meta" and says_the_same and tokenizer.chat_template is None
+
+    if isinstance(engine, SentencePieceTokenizer):
+        path.write_bytes(engine.proto)
+        alone = SentencePieceTokenizer(engine.proto, path, TokenizerConfig())
+        names = ("bos_id", "eos_id", "add_prefix_space", "added_tokens", "special_tokens")
+        if not is_complete(alone) or any(getattr(alone, name) != getattr(engine, name) for name in names):
+            write_sentencepiece_config(folder, engine, tokenizer.stop_tokens, tokenizer.add_bos)
         return
-    complete = False
-    if layout == "meta" and fits_tiktoken_file(vocabulary):
-        write_tiktoken_file(folder / "tokenizer.model", vocabulary)
-        read_back = read_tiktoken_file(folder / "tokenizer.model")
-        ours, theirs = (tokens | implied_stop_tokens for tokens in (tokenizer.stop_tokens, read_back.stop_tokens))
-        complete = (ours, tokenizer.add_bos) == (theirs, read_back.add_bos)
-    if not complete:
-        write_tokenizer_json(folder, replace(vocabulary, stop_tokens=tokenizer.stop_tokens, add_bos=tokenizer.add_bos))
+    if layout == "meta" and fits_tiktoken_file(engine.vocabulary):
+        write_tiktoken_file(path, engine.vocabulary)
+        if is_complete(read_tiktoken_file(path)) and all(token.special for token in engine.added_tokens):
+            return
+    vocabulary = replace(engine.vocabulary, stop_tokens=tokenizer.stop_tokens, add_bos=tokenizer.add_bos)
+    write_tokenizer_json(folder, vocabulary)

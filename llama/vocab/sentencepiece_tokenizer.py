@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
 from llama.errors import CheckpointError, InputError
 from llama.vocab.added_tokens import AddedToken, AddedTokenSplitter, Names, names_to_recognise
-from llama.vocab.tokenizer_config import TokenizerConfig
+from llama.vocab.tokenizer_config import TokenizerConfig, added_token_values, write_tokenizer_config
 from llama.vocab.vocabulary import END_TOKENS
 
 # Messages of sentencepiece's protocol buffers. Appended to another message, they replace what it says.
@@ -31,8 +32,10 @@ class SentencePieceTokenizer:
     Attributes:
         model: the sentencepiece processor.
         proto, legacy: as given.
+        add_prefix_space: whether the model puts a space before a text.
         added_tokens: the tokens that are added, and the model's own that no ordinary text is made of.
         special_tokens: the special ones that are added; the model's own unknown, BOS and EOS tokens are not.
+        listed_tokens: those of `added_tokens` that a file beside the model must list.
 
     Raises:
         CheckpointError: not a sentencepiece model, a damaged one, or another than `config` is about.
@@ -51,30 +54,42 @@ class SentencePieceTokenizer:
                 f"nor tokenizer.json, nor GGUF: {error}"
             ) from error
         self.proto, self.legacy, self.vocabulary = proto, config.legacy, None
+        self.add_prefix_space: bool = self.model.encode("a") != self._model_without_prefix.encode("a")
         self._model_after_token = self.model if config.legacy else self._model_without_prefix
+        self._read_tokens(user_defined, path, config)
+        self._splitter = AddedTokenSplitter(self.added_tokens)
+        self.add_bos = config.add_bos is not False and self.bos_id is not None
+        self.chat_template, self.chat_template_source = config.chat_template, config.chat_template_source
 
+    def _read_tokens(self, user_defined: set[int], path: Path, config: TokenizerConfig) -> None:
+        """Set the attributes that tell of single tokens."""
         pieces: list[str] = self.model.id_to_piece(list(range(self.model.vocab_size())))
-        own = {i: AddedToken(pieces[i], i) for i in range(len(pieces)) if self.model.is_control(i)}
-        own |= {i: AddedToken(pieces[i], i, special=False) for i in user_defined}
-        own[self.model.unk_id()] = AddedToken(pieces[self.model.unk_id()], self.model.unk_id())
         id_of = {piece: i for i, piece in enumerate(pieces)}
-        self.added_tokens = config.merge_added_tokens(own.values(), id_of, path)
+        named = {"bos_token": self.model.bos_id(), "eos_token": self.model.eos_id(), "unk_token": self.model.unk_id()}
+        config = config.with_names(**{name: pieces[i] for name, i in named.items() if i >= 0})
+        own = {i for i in range(len(pieces)) if self.model.is_control(i)}
+        self.added_tokens = config.merge_added_tokens(
+            (AddedToken(pieces[i], i, special=i not in user_defined) for i in own), id_of, path
+        )
+        self.n_words: int = max([len(pieces), *(token.id + 1 for token in self.added_tokens)])
 
-        always = {self.model.bos_id(), self.model.eos_id(), self.model.unk_id()}
-        added = {id_of.get(token.content, token.id) for token in config.added_tokens} | user_defined
-        silent = {i for i in own if i in always or i not in added}
-        self._recognised = [token for token in self.added_tokens if token.id not in silent]
+        of_every_model = set(named.values())
+        listed = {id_of.get(token.content, token.id) for token in config.added_tokens} | user_defined
+        self._recognised = [
+            token
+            for token in self.added_tokens
+            if token.id not in of_every_model and (token.id in listed or token.id not in own)
+        ]
+        self.listed_tokens = [
+            token for token in self.added_tokens if token.id in of_every_model or token in self._recognised
+        ]
         self.special_tokens = {token.content: token.id for token in self._recognised if token.special}
         # Ordinary pieces that are named as special tokens, such as for padding, are still ordinary.
         self._contents = {
             token.id: token.content for token in self._recognised if token.id in own or token.id >= len(pieces)
         }
-        self._splitter = AddedTokenSplitter(self.added_tokens)
-        self.n_words: int = max(len(pieces), *(token.id + 1 for token in self.added_tokens))
 
-        own_names = {"bos_token": self.model.bos_id(), "eos_token": self.model.eos_id()}
-        own_names["unk_token"] = self.model.unk_id()
-        self.template_tokens = config.template_tokens(**{name: pieces[i] for name, i in own_names.items() if i >= 0})
+        self.template_tokens = config.template_tokens()
         ids = {token.content: token.id for token in self.added_tokens}
         self.bos_id = ids.get(self.template_tokens.get("bos_token", ""))
         self.eos_id: int = ids.get(self.template_tokens.get("eos_token", ""), self.model.eos_id())
@@ -84,8 +99,6 @@ class SentencePieceTokenizer:
                 f"{path}: not all the ids that end a text, {sorted(self.stop_tokens)}, are among its {self.n_words} "
                 f"tokens"
             )
-        self.add_bos = config.add_bos is not False and self.bos_id is not None
-        self.chat_template, self.chat_template_source = config.chat_template, config.chat_template_source
 
     def encode(self, text: str, allowed: Names, disallowed: Names) -> list[int]:
         """Token ids of a text, in which added tokens that aren't special are recognised.
@@ -154,6 +167,32 @@ class SentencePieceTokenizer:
         if self.model.is_byte(token):  # "<0x0A>"
             return bytes([int(piece[3:5], 16)])
         return piece.replace("▁", " ").encode()
+
+
+def write_sentencepiece_config(
+    folder: Path, tokenizer: SentencePieceTokenizer, stop_tokens: set[int], add_bos: bool
+) -> None:
+    """Write what is known of a sentencepiece model as files beside it, for transformers' LlamaTokenizer.
+
+    Args:
+        folder: where to write `tokenizer_config.json` and `generation_config.json`.
+        tokenizer: the tokenizer.
+        stop_tokens: the ids that end a text.
+        add_bos: whether a text begins with BOS.
+    """
+    config: dict[str, Any] = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": add_bos,
+        "legacy": tokenizer.legacy,
+        "add_prefix_space": tokenizer.add_prefix_space,
+        "clean_up_tokenization_spaces": False,
+        "added_tokens_decoder": {str(token.id): added_token_values(token) for token in tokenizer.listed_tokens},
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token")),  # null, where there is none
+        **tokenizer.template_tokens,
+    }
+    if tokenizer.chat_template is not None:
+        config["chat_template"] = tokenizer.chat_template
+    write_tokenizer_config(folder, config, tokenizer.bos_id, stop_tokens)
 
 
 def user_defined_as_control(proto: bytes) -> tuple[bytes, set[int]]:

@@ -42,7 +42,7 @@ def read_tiktoken_file(path: Path, config: TokenizerConfig | None = None) -> Voc
     Raises:
         CheckpointError: a damaged file, or another than `config` is about.
     """
-    config = config or TokenizerConfig()
+    config = (config or TokenizerConfig()).with_names(bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>")
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line:
@@ -67,7 +67,7 @@ def read_tiktoken_file(path: Path, config: TokenizerConfig | None = None) -> Voc
         (token for token in own_tokens if token.id not in listed_ids and token.content not in listed_names), {}, path
     )
     id_of = {token.content: token.id for token in added_tokens}
-    template_tokens = config.template_tokens(bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>")
+    template_tokens = config.template_tokens()
     bos_id, eos_id = id_of.get(template_tokens.get("bos_token", "")), id_of.get(template_tokens.get("eos_token", ""))
     stop_tokens = config.eos_ids | {id_of[name] for name in END_TOKENS if name in id_of}
     if eos_id is None or not stop_tokens <= {*ranks.values(), *id_of.values()}:

@@ -8,7 +8,7 @@ and lists added ones; `generation_config.json` or `config.json` lists the ids th
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,14 @@ class TokenizerConfig:
     add_prefix_space: bool = True
     vocab_size: int | None = None
 
-    def template_tokens(self, **defaults: str) -> dict[str, str]:
-        """The tokens that chat templates know by name, as `bos_token` -> its text.
+    def with_names(self, **defaults: str) -> "TokenizerConfig":
+        """The same, where it says nothing of tokens with these names, with their texts."""
+        tokens: dict[str, AddedToken | None] = {name: AddedToken(text, NO_ID) for name, text in defaults.items()}
+        return replace(self, named_tokens=tokens | self.named_tokens)
 
-        Args:
-            defaults: those of the tokenizer, where this configuration says nothing of them.
-        """
-        named = {name: None if token is None else token.content for name, token in self.named_tokens.items()}
-        return {name: content for name, content in {**defaults, **named}.items() if content is not None}
+    def template_tokens(self) -> dict[str, str]:
+        """The tokens that chat templates know by name, as `bos_token` -> its text."""
+        return {name: token.content for name, token in self.named_tokens.items() if token is not None}
 
     def merge_added_tokens(
         self, tokens: Iterable[AddedToken], vocabulary: Mapping[str, int], path: Path
@@ -222,15 +222,20 @@ def _read_optional(path: Path) -> Metadata:
     return Metadata(path, read_json(path) if path.exists() else {})
 
 
+def added_token_values(token: AddedToken) -> dict[str, Any]:
+    """An added token as files write it: all but its id."""
+    return {key: value for key, value in asdict(token).items() if key != "id"}
+
+
 def write_tokenizer_config(folder: Path, config: dict[str, Any], bos_id: int | None, stop_tokens: set[int]) -> None:
     """Write `tokenizer_config.json`, and `generation_config.json` with the ids that begin and end a text.
 
     Args:
         folder: where to write them.
-        config: the content of `tokenizer_config.json`; None values are left out.
+        config: the content of `tokenizer_config.json`.
         bos_id: the id that begins a text, or None.
         stop_tokens: the ids that end it.
     """
-    write_json(folder / TOKENIZER_CONFIG, {key: value for key, value in config.items() if value is not None})
+    write_json(folder / TOKENIZER_CONFIG, config)
     bos = {} if bos_id is None else {"bos_token_id": bos_id}
     write_json(folder / EOS_FILES[0], {**bos, "eos_token_id": sorted(stop_tokens)})

@@ -8,6 +8,7 @@ from llama.files import Metadata, read_json, write_json
 from llama.vocab.pre_tokenizer import read_pre_tokenizer, write_pre_tokenizer
 from llama.vocab.tokenizer_config import (
     EOS_FILES,
+    added_token_values,
     read_added_token,
     read_tokenizer_config,
     write_tokenizer_config,
@@ -127,8 +128,7 @@ def _leading_special_token(post_processor: Any) -> tuple[str | None, bool]:
 def write_tokenizer_json(folder: Path, vocabulary: Vocabulary) -> None:
     """Write `tokenizer.json`, and beside it `tokenizer_config.json` and `generation_config.json`."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    special_names = {i: name for name, i in vocabulary.special_tokens.items()}
-    bos = None if vocabulary.bos_id is None else special_names.get(vocabulary.bos_id)
+    bos = next((token.content for token in vocabulary.added_tokens if token.id == vocabulary.bos_id), None)
     post_processor: dict[str, Any] = byte_level
     if vocabulary.add_bos and bos is not None:
         start, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
@@ -139,18 +139,6 @@ def write_tokenizer_json(folder: Path, vocabulary: Vocabulary) -> None:
             "pair": [start, text, second_text],
             "special_tokens": {bos: {"id": bos, "ids": [vocabulary.bos_id], "tokens": [bos]}},
         }
-    added_tokens = [
-        {
-            "id": i,
-            "content": name,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for i, name in sorted(special_names.items())
-    ]
     characters = gpt2_characters()
     tokens = {"".join(characters[byte] for byte in token): i for token, i in vocabulary.ranks.items()}
     write_json(
@@ -159,7 +147,7 @@ def write_tokenizer_json(folder: Path, vocabulary: Vocabulary) -> None:
             "version": "1.0",
             "truncation": None,
             "padding": None,
-            "added_tokens": added_tokens,
+            "added_tokens": [{"id": token.id, **added_token_values(token)} for token in vocabulary.added_tokens],
             "normalizer": None,
             "pre_tokenizer": write_pre_tokenizer(vocabulary.split_steps),
             "post_processor": post_processor,
@@ -173,8 +161,8 @@ def write_tokenizer_json(folder: Path, vocabulary: Vocabulary) -> None:
                 "fuse_unk": False,
                 "byte_fallback": False,
                 "ignore_merges": True,
-                # With the special tokens, which Hugging Face would otherwise give new ids.
-                "vocab": tokens | vocabulary.special_tokens,
+                # With the added tokens, which Hugging Face would otherwise give new ids.
+                "vocab": tokens | {token.content: token.id for token in vocabulary.added_tokens},
                 "merges": [" ".join(merge) for merge in _all_merges(tokens)],
             },
         },
@@ -182,11 +170,11 @@ def write_tokenizer_json(folder: Path, vocabulary: Vocabulary) -> None:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": vocabulary.add_bos,
-        "bos_token": bos,
-        "eos_token": special_names.get(vocabulary.eos_id),
-        "chat_template": vocabulary.chat_template,
         "clean_up_tokenization_spaces": False,
+        **vocabulary.template_tokens,
     }
+    if vocabulary.chat_template is not None:
+        config["chat_template"] = vocabulary.chat_template
     write_tokenizer_config(folder, config, vocabulary.bos_id, vocabulary.stop_tokens)
 
 
