@@ -85,7 +85,11 @@ def test_flags_and_split_steps_survive(tmp_path):
         assert ids == theirs.encode(text, add_special_tokens=False)
 
 
-@pytest.mark.parametrize("config", [{}, {"legacy": True}, {"add_prefix_space": False}, {"unk_token": None}])
+SENTENCEPIECE_CONFIGS = [{}, {"legacy": True}, {"add_prefix_space": False}, {"unk_token": None}]
+SENTENCEPIECE_CONFIGS += [{"tokenizer_class": "PreTrainedTokenizerFast"}, {"tokenizer_class": "X", "legacy": False}]
+
+
+@pytest.mark.parametrize("config", SENTENCEPIECE_CONFIGS)
 def test_what_is_said_of_a_sentencepiece_model_survives(tmp_path, llama2_path, config):
     import transformers
 
@@ -101,7 +105,7 @@ def test_what_is_said_of_a_sentencepiece_model_survives(tmp_path, llama2_path, c
     in_meta = write_and_read(tmp_path / "meta", "meta", original)
     in_hf = write_and_read(tmp_path / "hf", "hf", in_meta)
     for tokenizer in (in_meta, in_hf):
-        for name in (*ATTRIBUTES, "legacy", "add_prefix_space", "stop_tokens"):
+        for name in (*ATTRIBUTES, "legacy", "doubles_space", "add_prefix_space", "stop_tokens"):
             assert getattr(tokenizer.engine, name) == getattr(original.engine, name), name
     before, after = map(transformers.AutoTokenizer.from_pretrained, (tmp_path, tmp_path / "hf"))
     for text in ("the house <|end|> in", "<think> x</s>  the<unk>the", " the", "the"):

@@ -57,6 +57,9 @@ CONFIGS = {
     "no prefix": CONFIG | {"add_prefix_space": False},
     "added": CONFIG | {"added_tokens_decoder": ..., "legacy": False, "eos_token": "<|im_end|>"},
     "added, legacy": CONFIG | {"added_tokens_decoder": ..., "legacy": True},
+    "no class": {"added_tokens_decoder": ...},
+    "no class, not legacy": {"added_tokens_decoder": ..., "legacy": False},
+    "Code Llama": {"tokenizer_class": "CodeLlamaTokenizerFast", "added_tokens_decoder": ..., "legacy": True},
     "added, no prefix": CONFIG | {"added_tokens_decoder": ..., "add_prefix_space": False},
 }
 
@@ -69,6 +72,8 @@ def model_path(request, llama2_path, piece_path):
 @pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS)
 def folder(request, model_path, tmp_path_factory):
     """A folder with a tokenizer.model and a tokenizer_config.json."""
+    if "tokenizer_class" not in request.param and model_path.parent.name.startswith("pieces"):
+        pytest.skip("without a class, transformers lets user-defined pieces be part of a text")
     return write_folder(tmp_path_factory.mktemp("folder"), model_path, request.param)
 
 
@@ -106,6 +111,8 @@ def test_parts_are_encoded_as_transformers_encodes_them(ours, theirs, text):
 
 
 def test_tokens_are_those_of_transformers(ours, theirs):
+    if type(theirs).__name__ == "CodeLlamaTokenizer":
+        pytest.skip("transformers adds tokens for infilling, whether or not the model has them")
     assert ours.engine.template_tokens == theirs.special_tokens_map
     assert {t.content: (t.id, t.special) for t in ours.engine.added_tokens} == {
         t.content: (i, t.special) for i, t in theirs.added_tokens_decoder.items()
@@ -138,10 +145,10 @@ def test_tokens_that_are_not_special_are_recognised_in_every_text(ours, theirs, 
 
 @examples(300)
 @given(texts)
-def test_round_trip(ours, folder, text):
+def test_round_trip(ours, text):
     """But for spaces that the ids don't tell: of leading ones, and with `legacy` of those after an added token."""
     text = text.replace("▁", " ").strip(" ")
-    if json.loads((folder / "tokenizer_config.json").read_text()).get("legacy"):
+    if ours.engine.legacy and not ours.engine.doubles_space:
         text = re.sub("> +", ">", text)
     for allowed in ((), "all") if ours.special_tokens else ((),):
         assert ours.decode(ours.encode(text, bos=False, eos=False, allowed_special=allowed)) == text

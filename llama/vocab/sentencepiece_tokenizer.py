@@ -31,8 +31,8 @@ class SentencePieceTokenizer:
 
     Attributes:
         model: the sentencepiece processor.
-        proto, legacy: as given.
-        add_prefix_space: whether the model puts a space before a text.
+        proto: the model, as given.
+        add_prefix_space, legacy, doubles_space: see `TokenizerConfig`.
         added_tokens: the tokens that are added, and the model's own that no ordinary text is made of.
         special_tokens: the special ones that are added; the model's own unknown, BOS and EOS tokens are not.
         listed_tokens: those of `added_tokens` that a file beside the model must list.
@@ -53,7 +53,8 @@ class SentencePieceTokenizer:
                 f"{path} is neither a sentencepiece model (Llama 2), nor lines of base64 tokens and ranks (Llama 3), "
                 f"nor tokenizer.json, nor GGUF: {error}"
             ) from error
-        self.proto, self.legacy, self.vocabulary = proto, config.legacy, None
+        self.proto, self.vocabulary = proto, None
+        self.legacy, self.doubles_space = config.legacy, config.doubles_space
         self.add_prefix_space: bool = self.model.encode("a") != self._model_without_prefix.encode("a")
         self._model_after_token = self.model if config.legacy else self._model_without_prefix
         self._read_tokens(user_defined, path, config)
@@ -139,7 +140,8 @@ class SentencePieceTokenizer:
                 ids.append(part)
                 model = self._model_after_token
             else:
-                ids += (self._model_without_prefix if part.startswith((" ", "▁")) else model).encode(part)
+                has_space = part.startswith((" ", "▁")) and not self.doubles_space
+                ids += (self._model_without_prefix if has_space else model).encode(part)
                 model = self._model_without_prefix
         return ids
 
@@ -172,7 +174,7 @@ class SentencePieceTokenizer:
 def write_sentencepiece_config(
     folder: Path, tokenizer: SentencePieceTokenizer, stop_tokens: set[int], add_bos: bool
 ) -> None:
-    """Write what is known of a sentencepiece model as files beside it, for transformers' LlamaTokenizer.
+    """Write what is known of a sentencepiece model as files beside it.
 
     Args:
         folder: where to write `tokenizer_config.json` and `generation_config.json`.
@@ -181,7 +183,7 @@ def write_sentencepiece_config(
         add_bos: whether a text begins with BOS.
     """
     config: dict[str, Any] = {
-        "tokenizer_class": "LlamaTokenizer",
+        "tokenizer_class": "PreTrainedTokenizerFast" if tokenizer.doubles_space else "LlamaTokenizer",
         "add_bos_token": add_bos,
         "legacy": tokenizer.legacy,
         "add_prefix_space": tokenizer.add_prefix_space,

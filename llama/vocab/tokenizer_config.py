@@ -42,9 +42,9 @@ class TokenizerConfig:
         add_bos: whether a text to complete begins with BOS.
         chat_template: the Jinja template of the model's chat format.
         chat_template_source: the name of the file, or of the GGUF field, that the template is from.
-        legacy: whether sentencepiece puts a space before every text that follows an added token, not only before the
-            first text.
-        add_prefix_space: whether sentencepiece puts a space before a text at all.
+        add_prefix_space: whether sentencepiece puts a space before a text.
+        legacy: whether it does so also after each added token.
+        doubles_space: whether it does so also before a part of a text that itself begins with a space.
         vocab_size: the number of rows of the model's embedding.
     """
 
@@ -55,8 +55,9 @@ class TokenizerConfig:
     add_bos: bool | None = None
     chat_template: str | None = None
     chat_template_source: str | None = None
-    legacy: bool = False
     add_prefix_space: bool = True
+    legacy: bool = False
+    doubles_space: bool = False
     vocab_size: int | None = None
 
     def with_names(self, **defaults: str) -> "TokenizerConfig":
@@ -134,8 +135,7 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
         config.get("add_bos_token", bool, None),
         chat_template,
         chat_template_source,
-        config.get("legacy", bool, False),
-        config.get("add_prefix_space", bool, True),
+        *_read_spaces(config),
         _read_optional(folder / "config.json").get("vocab_size", int, None),
     )
 
@@ -183,6 +183,18 @@ def _read_named_tokens(file: Metadata) -> tuple[dict[str, AddedToken | None], li
         {key: None if v is None else _read_token(file.path, v, special=True) for key, v in named.items()},
         [_read_token(file.path, entry, special=True) for entry in extra],
     )
+
+
+def _read_spaces(config: Metadata) -> tuple[bool, bool, bool]:
+    """`add_prefix_space`, `legacy` and `doubles_space`, which depend on the class that transformers takes."""
+    kind = config.get("tokenizer_class", str, "").removesuffix("Fast")
+    add_prefix_space = config.get("add_prefix_space", bool, True)
+    if kind == "LlamaTokenizer" or not config.values:
+        return add_prefix_space, config.get("legacy", bool, False), False
+    if kind == "CodeLlamaTokenizer":
+        return add_prefix_space, False, False
+    legacy = config.get("legacy", bool, True)
+    return True, legacy, legacy
 
 
 def _read_chat_template(folder: Path, config: Metadata) -> tuple[str | None, str | None]:
