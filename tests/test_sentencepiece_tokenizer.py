@@ -200,6 +200,37 @@ def test_user_defined_pieces_that_a_file_calls_special(piece_path, tmp_path):
     assert tokenizer.decode([261, tool]).endswith("<tool>")
 
 
+METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+SPACES = {
+    "Metaspace, always": {"pre_tokenizer": METASPACE | {"prepend_scheme": "always"}},
+    "Metaspace, first": {"pre_tokenizer": METASPACE | {"prepend_scheme": "first"}},
+    "Metaspace, never": {"pre_tokenizer": METASPACE | {"prepend_scheme": "never"}},
+    "Prepend": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, REPLACE]}},
+}
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("steps", SPACES.values(), ids=SPACES)
+def test_a_tokenizer_json_beside_it(llama2_path, tmp_path, steps, kind):
+    """It tells what is put before a text, if the class is none of sentencepiece's; and of added tokens."""
+    import transformers
+
+    folder = write_folder(tmp_path, llama2_path, CONFIG)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.add_tokens(
+        [transformers.AddedToken("<think>", normalized=False), transformers.AddedToken("<x>", special=True)]
+    )
+    values = json.loads(theirs.backend_tokenizer.to_str()) | {"pre_tokenizer": None, "normalizer": None} | steps
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind} | names))
+    ours, theirs = Tokenizer(folder / "tokenizer.model"), transformers.AutoTokenizer.from_pretrained(folder)
+    assert ours.special_tokens == {"<x>": 321}
+    for text in ("the", " the", "<s>the<s> the<s>", "<think>a <x>  a<think><think>\n", ""):
+        assert ours.engine.encode_parts(ours.engine.split(text)) == theirs.encode(text, add_special_tokens=False)
+
+
 def test_ends_of_a_text_must_be_tokens(llama2_path, tmp_path):
     shutil.copy(llama2_path, tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 320]}')

@@ -18,7 +18,7 @@ from llama.vocab.added_tokens import AddedToken
 
 logger = logging.getLogger("llama")
 
-TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+TOKENIZER_JSON, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 EOS_FILES = ("generation_config.json", "config.json")  # the first that has an eos_token_id counts
 
 # The tokens that transformers knows by name, besides those of a model's own (`image_token`).
@@ -26,7 +26,7 @@ TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", 
 
 NO_ID = -1  # of a token that a file names by its content
 
-MAX_CONTENT = 1000  # characters
+MAX_CONTENT = 256  # characters; a text is compared with every length there is
 
 
 @dataclass
@@ -106,19 +106,24 @@ class TokenizerConfig:
         return tuple(sorted((t for t in merged.values() if t.content not in outside), key=lambda token: token.id))
 
 
-def read_tokenizer_config(folder: Path) -> TokenizerConfig:
+def read_tokenizer_config(folder: Path, reads_json: bool = True) -> TokenizerConfig:
     """What the files in a folder say of the tokenizer there.
+
+    Args:
+        folder: the folder.
+        reads_json: whether `tokenizer.json`, if there is one, is among these files. It isn't if it is the tokenizer.
 
     Raises:
         CheckpointError: one of them is damaged.
     """
     config = _read_optional(folder / TOKENIZER_CONFIG)
+    json_path = folder / TOKENIZER_JSON
     named_tokens, extra_tokens = _read_named_tokens(config)
     added_tokens = []
     if config.get("added_tokens_decoder", dict, None) is not None:
         for i, entry in config.get("added_tokens_decoder", dict).items():
             added_tokens.append(read_added_token(config.path, entry, int(i) if re.fullmatch("[0-9]{1,10}", i) else i))
-    else:  # an older folder, where two more files say it
+    else:  # an older folder, where more files say it
         more_named_tokens, more_extra_tokens = _read_named_tokens(_read_optional(folder / "special_tokens_map.json"))
         named_tokens, extra_tokens = named_tokens | more_named_tokens, extra_tokens + more_extra_tokens
         special = {token.content for token in (*extra_tokens, *filter(None, named_tokens.values()))}
@@ -126,6 +131,7 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
         for content, i in added.values.items():
             flags = {"content": content, "special": content in special}
             added_tokens.append(read_added_token(added.path, flags, i))
+        added_tokens += read_added_tokens(_read_optional(json_path)) if reads_json else []
     chat_template, chat_template_source = _read_chat_template(folder, config)
     return TokenizerConfig(
         added_tokens,
@@ -135,9 +141,17 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
         config.get("add_bos_token", bool, None),
         chat_template,
         chat_template_source,
-        *_read_spaces(config),
+        *_read_spaces(config, json_path),
         _read_optional(folder / "config.json").get("vocab_size", int, None),
     )
+
+
+def read_added_tokens(tokenizer_json: Metadata) -> list[AddedToken]:
+    """The added tokens in `tokenizer.json`."""
+    entries = tokenizer_json.get("added_tokens", list, [])
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise CheckpointError(f"{tokenizer_json.path}: added_tokens must be a list of objects")
+    return [read_added_token(tokenizer_json.path, entry, entry.get("id")) for entry in entries]
 
 
 def read_added_token(path: Path, entry: Any, token_id: Any) -> AddedToken:
@@ -185,7 +199,7 @@ def _read_named_tokens(file: Metadata) -> tuple[dict[str, AddedToken | None], li
     )
 
 
-def _read_spaces(config: Metadata) -> tuple[bool, bool, bool]:
+def _read_spaces(config: Metadata, json_path: Path) -> tuple[bool, bool, bool]:
     """`add_prefix_space`, `legacy` and `doubles_space`, which depend on the class that transformers takes."""
     kind = config.get("tokenizer_class", str, "").removesuffix("Fast")
     add_prefix_space = config.get("add_prefix_space", bool, True)
@@ -193,8 +207,16 @@ def _read_spaces(config: Metadata) -> tuple[bool, bool, bool]:
         return add_prefix_space, config.get("legacy", bool, False), False
     if kind == "CodeLlamaTokenizer":
         return add_prefix_space, False, False
-    legacy = config.get("legacy", bool, True)
-    return True, legacy, legacy
+    if not json_path.exists():
+        legacy = config.get("legacy", bool, True)
+        return True, legacy, legacy
+    json_file = _read_optional(json_path)
+    normalizer = json_file.get("normalizer", dict, {})
+    steps = Metadata(json_path, normalizer).get("normalizers", list, [normalizer])
+    if any(isinstance(step, dict) and step.get("type") == "Prepend" for step in steps):
+        return True, True, True
+    scheme = Metadata(json_path, json_file.get("pre_tokenizer", dict, {})).get("prepend_scheme", str, "never")
+    return scheme != "never", scheme == "always", False
 
 
 def _read_chat_template(folder: Path, config: Metadata) -> tuple[str | None, str | None]:

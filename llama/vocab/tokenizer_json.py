@@ -9,7 +9,7 @@ from llama.vocab.pre_tokenizer import read_pre_tokenizer, write_pre_tokenizer
 from llama.vocab.tokenizer_config import (
     EOS_FILES,
     added_token_values,
-    read_added_token,
+    read_added_tokens,
     read_tokenizer_config,
     write_tokenizer_config,
 )
@@ -26,10 +26,10 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
     model = Metadata(path, file.get("model", dict))
     _check_supported(file, model)
     tokens = _read_vocabulary(model)
-    own_tokens = [read_added_token(path, entry, entry.get("id")) for entry in _read_objects(file, "added_tokens")]
+    own_tokens = read_added_tokens(file)
     ranks = _read_ranks(model, tokens, {token.content for token in own_tokens})
 
-    config = read_tokenizer_config(path.parent)
+    config = read_tokenizer_config(path.parent, reads_json=False)
     added_tokens = config.merge_added_tokens(own_tokens, tokens, path)
     id_of = {token.content: token.id for token in added_tokens}
     template_bos, template_adds_bos = _leading_special_token(file.values.get("post_processor"))
@@ -72,14 +72,6 @@ def _check_supported(file: Metadata, model: Metadata) -> None:
             raise CheckpointError(f"{path}: {key} is {model.values[key]!r:.80}, which is not supported")
     if file.values.get("normalizer") is not None:
         raise CheckpointError(f"{path}: the normalizer {file.values['normalizer']!r:.80} is not supported")
-
-
-def _read_objects(file: Metadata, key: str) -> list[dict[str, Any]]:
-    """A list of JSON objects; empty where there is none."""
-    entries = file.get(key, list, [])
-    if not all(isinstance(entry, dict) for entry in entries):
-        raise CheckpointError(f"{file.path}: {key} must be a list of objects")
-    return entries
 
 
 def _read_vocabulary(model: Metadata) -> dict[str, int]:
