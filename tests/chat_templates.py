@@ -26,6 +26,7 @@ class Style(NamedTuple):
     config: dict = {}  # noqa: RUF012  of tokenizer_config.json
     end_of_turn: str = "</s>"
     pre: str = "llama-bpe"  # GGUF's name of how a byte-level tokenizer splits a text
+    pre_tokenizer: list | None = None  # the steps in which it does so, where they are others than Llama 3's
 
 
 ZEPHYR = Style(
@@ -207,6 +208,8 @@ def write_folder(folder: Path, style: Style, source: str = "tokenizer_config.jso
         write_tokenizer_json(folder)
         path = folder / "tokenizer.json"
         engine = tokenizers.Tokenizer.from_file(str(path))
+        if style.pre_tokenizer is not None:
+            engine.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(style.pre_tokenizer)
         engine.add_special_tokens(list(style.special))
         engine.add_tokens([tokenizers.AddedToken(name, special=False, normalized=False) for name in style.ordinary])
         engine.save(str(path))

@@ -25,6 +25,7 @@ from chat_templates import (
     write_folder,
 )
 from conftest import ROOT, hugging_face_logits, hugging_face_twin, tiny_model, write_gguf, write_meta_checkpoint
+from test_split_steps import PRE_TOKENIZERS
 
 from llama import Llama, Tokenizer, Transformer
 from llama.checkpoint.convert import convert
@@ -41,6 +42,12 @@ LLAMA_3_TEMPLATE = (
     "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
     " + message['content'] | trim + '<|eot_id|>' %}{{ bos_token + content if loop.first else content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+DEEPSEEK_LLM_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ 'User: ' + message['content'] + '\n\n' }}{% elif message['role'] == 'assistant' %}"
+    "{{ 'Assistant: ' + message['content'] + eos_token }}{% else %}{{ message['content'] + '\n\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 CHATML_TEMPLATE = CHATML.template.removeprefix("{{ bos_token }}")
 SCALED_ROPE = {"use_scaled_rope": True, "rope_scaling_factor": 8.0, "rope_original_max_seq_len": 32}
@@ -85,6 +92,16 @@ FAMILIES = {
     "Tulu 3": Family(SCALED_ROPE, TULU, "`<|user|>` and `<|assistant|>` as text, `<|end_of_text|>`"),
     "DeepSeek-R1-Distill-Llama": Family(
         SCALED_ROPE, DEEPSEEK, "`<｜User｜>` and `<｜Assistant｜>`, old answers without thoughts"
+    ),
+    "DeepSeek LLM Chat": Family(
+        {"rope_theta": 10000.0},
+        DEEPSEEK._replace(
+            template=DEEPSEEK_LLM_TEMPLATE,
+            ordinary=(),
+            pre="deepseek-llm",
+            pre_tokenizer=PRE_TOKENIZERS["deepseek-llm"],
+        ),
+        "`User:` and `Assistant:` as text, EOS",
     ),
 }
 
