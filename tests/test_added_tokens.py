@@ -128,6 +128,7 @@ REFUSED = {
     "a huge id": ({"added_tokens_decoder": {"9" * 5000: token("<x>")}}, "the id of the added token '<x>' is '9999"),
     "an empty token": ({"added_tokens_decoder": {"600": token("")}}, "the token '' must have 1 to 256 characters"),
     "a long token": ({"pad_token": "x" * 257}, "the token 'xxx.* must have 1 to 256 characters"),
+    "half a surrogate pair": ({"pad_token": "x\ud800"}, "must have 1 to 256 characters of Unicode"),
     "a token that is a number": ({"pad_token": 5}, "content is 5, not of type str"),
     "flags that are none": ({"added_tokens_decoder": {"600": token("<x>", lstrip=0)}}, "lstrip is 0, not of type bool"),
     "a list of tokens": ({"added_tokens_decoder": [token("<x>")]}, "added_tokens_decoder is .* not of type dict"),
@@ -141,6 +142,20 @@ def test_impossible_added_tokens_are_refused(tmp_path, changes, message):
     with pytest.raises(CheckpointError, match=message) as error:
         Tokenizer(tmp_path / "tokenizer.json")
     assert str(tmp_path) in str(error.value)
+
+
+def test_a_token_of_the_vocabulary_that_only_the_configuration_calls_added(tmp_path):
+    """No merges make it, and the vocabulary need not have any for it."""
+    write_tokenizer_json(tmp_path)
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    values["model"] |= {"vocab": values["model"]["vocab"] | {"<x>": 524}, "ignore_merges": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"no merge makes the tokens \['<x>'\]"):
+        Tokenizer(tmp_path / "tokenizer.json")
+    write_files(tmp_path, {"tokenizer_config.json": {"added_tokens_decoder": {"524": token("<x>")}}})
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.engine.split("a<x>") == ["a", 524]
+    assert 524 not in tokenizer.encode("a<x>", bos=False, eos=False)
 
 
 def test_a_token_without_an_id_is_plain_text(tmp_path):

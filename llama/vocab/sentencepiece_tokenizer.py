@@ -43,7 +43,7 @@ class SentencePieceTokenizer:
 
     def __init__(self, proto: bytes, path: Path, config: TokenizerConfig) -> None:
         try:
-            SentencePieceProcessor(model_proto=proto)
+            SentencePieceProcessor(model_proto=proto)  # what is appended could complete a file that is cut
             text_proto, user_defined = user_defined_as_control(proto)
             prefix = b"" if config.add_prefix_space else NO_DUMMY_PREFIX
             self.model = SentencePieceProcessor(model_proto=text_proto + prefix)
@@ -139,7 +139,7 @@ class SentencePieceTokenizer:
             if isinstance(part, int):
                 ids.append(part)
                 model = self._model_after_token
-            else:
+            elif part:
                 has_space = part.startswith((" ", "▁")) and not self.doubles_space
                 ids += (self._model_without_prefix if has_space else model).encode(part)
                 model = self._model_without_prefix

@@ -15,6 +15,7 @@ from typing import Any
 from llama.errors import CheckpointError
 from llama.files import Metadata, first_bytes, read_json, write_json
 from llama.vocab.added_tokens import AddedToken
+from llama.vocab.vocabulary import without_surrogates
 
 logger = logging.getLogger("llama")
 
@@ -175,8 +176,8 @@ def _read_token(path: Path, entry: Any, special: bool) -> AddedToken:
     """A token without its id: its content, or an object with the content and flags."""
     values = Metadata(path, entry if isinstance(entry, dict) else {"content": entry})
     content, special = values.get("content", str), values.get("special", bool, special)
-    if not 0 < len(content) <= MAX_CONTENT:
-        raise CheckpointError(f"{path}: the token {content!r:.80} must have 1 to {MAX_CONTENT} characters")
+    if not 0 < len(content) <= MAX_CONTENT or content != without_surrogates(content):
+        raise CheckpointError(f"{path}: the token {content!r:.80} must have 1 to {MAX_CONTENT} characters of Unicode")
     flags = {flag: values.get(flag, bool, False) for flag in ("lstrip", "rstrip", "single_word")}
     return AddedToken(content, NO_ID, special, **flags, normalized=values.get("normalized", bool, not special))
 
@@ -230,11 +231,6 @@ def _read_chat_template(folder: Path, config: Metadata) -> tuple[str | None, str
         by_name = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = by_name.get("default")
     return (template, TOKENIZER_CONFIG) if isinstance(template, str) else (None, None)
-
-
-def read_add_bos(folder: Path, default: bool) -> bool:
-    """Whether a text begins with BOS; `default` where `tokenizer_config.json` doesn't say."""
-    return _read_optional(folder / TOKENIZER_CONFIG).get("add_bos_token", bool, default)
 
 
 def read_eos_ids(folder: Path) -> set[int]:

@@ -27,10 +27,10 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
     _check_supported(file, model)
     tokens = _read_vocabulary(model)
     own_tokens = read_added_tokens(file)
-    ranks = _read_ranks(model, tokens, {token.content for token in own_tokens})
-
     config = read_tokenizer_config(path.parent, reads_json=False)
     added_tokens = config.merge_added_tokens(own_tokens, tokens, path)
+    ranks = _read_ranks(model, tokens, {token.content for token in (*own_tokens, *added_tokens)})
+
     id_of = {token.content: token.id for token in added_tokens}
     template_bos, template_adds_bos = _leading_special_token(file.values.get("post_processor"))
     names = config.template_tokens()
