@@ -42,7 +42,10 @@ def hugging_face_split(tokens: list[AddedToken], text: str) -> list[str | int]:
 
 @examples(1000)
 @given(lists_of_tokens, st.text(LETTERS, max_size=12) | st.lists(contents, max_size=6).map("".join))
-@example({"  ": {"lstrip": False}, "a": {"rstrip": True}}, "a  b")
+@example({"ab": {"single_word": True}}, "ab ab_ -ab-éab")
+@example({"ab": {}, "abb": {}, "ba": {}}, "abbabba")
+@example({"ab": {"normalized": True}, "bb": {}}, "abbab")
+@example({"  ": {"lstrip": True, "rstrip": True}}, "    a  ")
 def test_a_text_is_cut_as_hugging_faces_tokenizers_cut_it(flags_by_content, text):
     tokens = [AddedToken(content, i, **flags) for i, (content, flags) in enumerate(flags_by_content.items())]
     tokens = [token for token in tokens if len(token.content) > 1 or token.content not in LETTERS]

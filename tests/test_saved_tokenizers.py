@@ -125,3 +125,21 @@ def test_a_sentencepiece_model_of_metas_layout_stays_alone(tmp_path, llama2_path
     in_hf = write_and_read(tmp_path / "hf", "hf", original)
     write_and_read(tmp_path / "again", "meta", in_hf)
     assert not (tmp_path / "again" / "tokenizer_config.json").exists()
+
+
+def test_tokens_that_are_not_special_in_metas_layout(tmp_path, llama2_path):
+    """tokenizer.model alone can't express them."""
+    think = {"content": "<think>", "special": False, "normalized": False}
+    (tmp_path / "json").mkdir()
+    write_tokenizer_json(tmp_path / "json", ("end_of_text", "eot_id"))
+    config = {"bos_token": "<|begin_of_text|>", "added_tokens_decoder": {"524": think}}
+    (tmp_path / "json" / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "pieces").mkdir()
+    shutil.copy(llama2_path, tmp_path / "pieces")
+    config = {"tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": {"320": think}}
+    (tmp_path / "pieces" / "tokenizer_config.json").write_text(json.dumps(config))
+    for name, file in (("json", "tokenizer.json"), ("pieces", "tokenizer.model")):
+        original = Tokenizer(tmp_path / name / file)
+        written = write_and_read(tmp_path / f"{name} in meta", "meta", original)
+        assert written.engine.split("the<think>") == ["the", original.n_words - 1]
+        assert written.engine.added_tokens == original.engine.added_tokens
