@@ -13,12 +13,12 @@ from conftest import write_llama2_tokenizer, write_tokenizer_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_hostile_files import damage
+from test_split_steps import FALCON_STEPS
 
 from llama import Tokenizer
 from llama.errors import InputError, MissingFileError
 from llama.vocab import text_splitter
 from llama.vocab.pre_tokenizer import write_pre_tokenizer
-from llama.vocab.split_steps import FALCON_STEPS
 
 TEXT = "the <think>  user 12\n<|eot_id|> é中🙂 <x>"
 

@@ -1,13 +1,17 @@
-"""The sentencepiece model that a GGUF file's metadata describe, as the serialized message that sentencepiece loads.
+"""Sentencepiece models as the serialized messages that sentencepiece loads: made from a GGUF file, or changed.
 
 A GGUF file of the kind "llama" holds a sentencepiece model's pieces, but not the model. The numbers of fields and types
-are those of sentencepiece_model.proto, in https://github.com/google/sentencepiece; the wire format is protobuf's.
+are those of sentencepiece_model.proto, in https://github.com/google/sentencepiece.
 """
-
-import struct
 
 from llama.errors import CheckpointError
 from llama.gguf_file import GGUFFile
+from llama.vocab.protobuf import bytes_field, float_field, int_field, read_fields
+
+# Numbers of fields: of ModelProto, of a SentencePiece, and of NormalizerSpec.
+PIECES, TRAINER_SPEC, NORMALIZER_SPEC = 1, 2, 3
+TEXT, SCORE, TYPE = 1, 2, 3
+NORMALIZER_NAME, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES, ESCAPE_WHITESPACES = 1, 3, 4, 5
 
 # Values of `tokenizer.ggml.token_type`, the same as sentencepiece's types of pieces.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -15,6 +19,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 # The ids where the metadata name none, as in llama.cpp, or those of added tokens, such as the end of a turn.
 UNKNOWN_ID, BOS_ID, EOS_ID = 0, 1, 2
 OWN_IDS = range(3)  # sentencepiece's own special pieces come first
+
+# Appended to a serialized ModelProto it replaces what that says.
+NO_DUMMY_PREFIX = bytes_field(NORMALIZER_SPEC, int_field(ADD_DUMMY_PREFIX, False))
 
 BPE = 2  # a value of TrainerSpec.model_type
 MAX_SCORE = 3.4e38
@@ -40,19 +47,19 @@ def gguf_sentencepiece_proto(file: GGUFFile) -> bytes:
     bos_id, eos_id = bos_id if bos_id in OWN_IDS else BOS_ID, eos_id if eos_id in OWN_IDS else EOS_ID
 
     pieces = [
-        _bytes_field(1, _bytes_field(1, token.encode()) + _float_field(2, score) + _int_field(3, kind))
+        bytes_field(PIECES, bytes_field(TEXT, token.encode()) + float_field(SCORE, score) + int_field(TYPE, kind))
         for token, score, kind in zip(tokens, scores, types, strict=True)
     ]
-    trainer_spec = _int_field(3, BPE) + _int_field(4, len(tokens)) + _int_field(35, BYTE in types)
+    trainer_spec = int_field(3, BPE) + int_field(4, len(tokens)) + int_field(35, BYTE in types)
     for i, (id_field, piece_field) in ((unknown_id, (40, 45)), (bos_id, (41, 46)), (eos_id, (42, 47))):
-        trainer_spec += _int_field(id_field, i) + _bytes_field(piece_field, tokens[i].encode())
+        trainer_spec += int_field(id_field, i) + bytes_field(piece_field, tokens[i].encode())
     normalizer_spec = (
-        _bytes_field(1, b"identity")
-        + _int_field(3, file.get("tokenizer.ggml.add_space_prefix", bool, True))
-        + _int_field(4, file.get("tokenizer.ggml.remove_extra_whitespaces", bool, False))
-        + _int_field(5, True)  # escape_whitespaces
+        bytes_field(NORMALIZER_NAME, b"identity")
+        + int_field(ADD_DUMMY_PREFIX, file.get("tokenizer.ggml.add_space_prefix", bool, True))
+        + int_field(REMOVE_EXTRA_WHITESPACES, file.get("tokenizer.ggml.remove_extra_whitespaces", bool, False))
+        + int_field(ESCAPE_WHITESPACES, True)
     )
-    return b"".join([*pieces, _bytes_field(2, trainer_spec), _bytes_field(3, normalizer_spec)])
+    return b"".join([*pieces, bytes_field(TRAINER_SPEC, trainer_spec), bytes_field(NORMALIZER_SPEC, normalizer_spec)])
 
 
 def _read_pieces(file: GGUFFile) -> tuple[list[str], list[float], list[int]]:
@@ -94,22 +101,29 @@ def _read_pieces(file: GGUFFile) -> tuple[list[str], list[float], list[int]]:
     return tokens, scores, types
 
 
-def _varint(value: int) -> bytes:
-    """A number of at least 0 in groups of 7 bits, the lowest first; all bytes but the last have their top bit set."""
-    groups = []
-    while value >= 0x80:
-        groups.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*groups, value])
+def user_defined_as_control(proto: bytes) -> tuple[bytes, set[int]]:
+    """Make a model's user-defined pieces control pieces, which no text is encoded to.
 
+    By itself sentencepiece recognises them in every text. Pieces with spaces are left as they are.
 
-def _int_field(number: int, value: int) -> bytes:
-    return _varint(number << 3) + _varint(value)
+    Args:
+        proto: a valid serialized ModelProto.
 
-
-def _float_field(number: int, value: float) -> bytes:
-    return _varint(number << 3 | 5) + struct.pack("<f", value)
-
-
-def _bytes_field(number: int, value: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
+    Returns:
+        The changed model, and the ids of the pieces.
+    """
+    if bytes([TYPE << 3, USER_DEFINED]) not in proto:
+        return proto, set()
+    changed: list[bytes] = []
+    ids: set[int] = set()
+    count = 0
+    for number, value, field in read_fields(proto):
+        if number == PIECES and isinstance(value, bytes):
+            piece = {key: part for key, part, _ in read_fields(value)}
+            text = piece.get(TEXT)
+            if piece.get(TYPE) == USER_DEFINED and isinstance(text, bytes) and "▁".encode() not in text:
+                ids.add(count)
+                field = bytes_field(PIECES, value + int_field(TYPE, CONTROL))
+            count += 1
+        changed.append(field)
+    return b"".join(changed), ids

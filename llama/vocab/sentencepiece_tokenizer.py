@@ -1,6 +1,6 @@
 """Llama 2's kind of tokenizer, by sentencepiece."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +8,9 @@ from sentencepiece import SentencePieceProcessor
 
 from llama.errors import CheckpointError, InputError
 from llama.vocab.added_tokens import AddedToken, AddedTokenSplitter, Names, names_to_recognise
+from llama.vocab.sentencepiece_proto import NO_DUMMY_PREFIX, user_defined_as_control
 from llama.vocab.tokenizer_config import TokenizerConfig, added_token_values, write_tokenizer_config
 from llama.vocab.vocabulary import END_TOKENS
-
-# Messages of sentencepiece's protocol buffers. Appended to another message, they replace what it says.
-NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"  # ModelProto: normalizer_spec { add_dummy_prefix: false }
-CONTROL_PIECE = b"\x18\x03"  # SentencePiece: type: CONTROL
-PIECES, TEXT, TYPE, USER_DEFINED = 1, 1, 3, 4  # numbers of fields, and the value of a type
 
 
 class SentencePieceTokenizer:
@@ -195,76 +191,3 @@ def write_sentencepiece_config(
     if tokenizer.chat_template is not None:
         config["chat_template"] = tokenizer.chat_template
     write_tokenizer_config(folder, config, tokenizer.bos_id, stop_tokens)
-
-
-def user_defined_as_control(proto: bytes) -> tuple[bytes, set[int]]:
-    """Make a model's user-defined pieces control pieces, which no text is encoded to.
-
-    By itself sentencepiece recognises them in every text. Pieces with spaces are left as they are.
-
-    Args:
-        proto: a valid serialized ModelProto.
-
-    Returns:
-        The changed model, and the ids of the pieces.
-    """
-    if bytes([TYPE << 3, USER_DEFINED]) not in proto:
-        return proto, set()
-    changed: list[bytes] = []
-    ids: set[int] = set()
-    count = 0
-    for number, value, field in read_fields(proto):
-        if number == PIECES and isinstance(value, bytes):
-            piece = {key: part for key, part, _ in read_fields(value)}
-            text = piece.get(TEXT)
-            if piece.get(TYPE) == USER_DEFINED and isinstance(text, bytes) and "▁".encode() not in text:
-                ids.add(count)
-                field = bytes([PIECES << 3 | 2]) + varint(len(value + CONTROL_PIECE)) + value + CONTROL_PIECE
-            count += 1
-        changed.append(field)
-    return b"".join(changed), ids
-
-
-def read_fields(message: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
-    """The fields of a message in the wire format of protocol buffers.
-
-    Yields:
-        The field's number; its value, an int or bytes; and all its bytes.
-
-    Raises:
-        ValueError: the message is damaged.
-    """
-    at = 0
-    while at < len(message):
-        start = at
-        key, at = read_varint(message, at)
-        value: int | bytes
-        if key & 7 == 0:
-            value, at = read_varint(message, at)
-        else:
-            length = {1: 8, 5: 4}.get(key & 7)
-            if key & 7 == 2:
-                length, at = read_varint(message, at)
-            if length is None or at + length > len(message):
-                raise ValueError(f"byte {start} begins no field that fits into the message")
-            value, at = message[at : at + length], at + length
-        yield key >> 3, value, message[start:at]
-
-
-def read_varint(message: bytes, at: int) -> tuple[int, int]:
-    """An integer of variable length, and where the next value begins."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if at == len(message):
-            break
-        value |= (message[at] & 0x7F) << shift
-        at += 1
-        if message[at - 1] < 0x80:
-            return value, at
-    raise ValueError(f"byte {at} ends no integer")
-
-
-def varint(value: int) -> bytes:
-    """An integer as protocol buffers write it: seven bits a byte, the lowest first."""
-    low, rest = value & 0x7F, value >> 7
-    return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])

@@ -64,9 +64,3 @@ DEEPSEEK_CODER_STEPS = (
     SplitStep(f"[{DEEPSEEK_CHINESE}]+"),
     DIGIT,
 )
-FALCON_STEPS = (
-    SplitStep(PUNCTUATION_PATTERN, "Contiguous"),
-    SplitStep(GPT2_PATTERN),
-    SplitStep(r"\p{N}", "Contiguous", on_bytes=True),
-    SplitStep(r"[0-9][0-9][0-9]", on_bytes=True),
-)
