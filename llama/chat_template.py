@@ -10,29 +10,27 @@ control tokens.
 
 import functools
 import itertools
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, Protocol
-
-import jinja2
-from jinja2.exceptions import SecurityError
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Sequence
+from typing import Literal, NamedTuple, Protocol
 
 from llama.dialog import Dialog
 from llama.errors import CheckpointError, InputError
 from llama.segments import Segment
-from llama.template_sandbox import BUDGET, MAX_SOURCE, Budget, LimitError, TemplateEnvironment
+from llama.template_process import HostileTemplateError, render
 from llama.vocab.added_tokens import AddedToken
 from llama.vocab.vocabulary import without_surrogates
 
-PRIVATE_USE = (range(0xF0000, 0xFFFFE), range(0xE000, 0xF900), range(0x100000, 0x10FFFE))
+Messages = list[dict[str, str]]
 
-# Dialogs that show how a template writes an answer, whose content is the marker that stands for it here. A template
+PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+
+# Dialogs that show what a template writes around messages; "{}" is where the marker of an answer stands. A template
 # that insists on another order of roles raises for some of them.
-PROBES: tuple[tuple[tuple[str, str], ...], ...] = (
-    (("user", "1"), ("assistant", "{}")),
-    (("system", "1"), ("user", "2"), ("assistant", "{}")),
-    (("user", "1"), ("assistant", "{}"), ("user", "2")),
-)
+ENDING_WITH_AN_ANSWER = ((("user", "1"), ("assistant", "{}")), (("system", "1"), ("user", "2"), ("assistant", "{}")))
+ENDING_WITH_A_QUESTION = tuple((*probe, ("user", "3")) for probe in ENDING_WITH_AN_ANSWER)
 
 
 class TemplateEngine(Protocol):
@@ -42,7 +40,7 @@ class TemplateEngine(Protocol):
     template_tokens: dict[str, str]
     chat_template_source: str | None
 
-    def split(self, text: str, names: Literal["all"]) -> list[str | int]: ...
+    def split(self, text: str, names: Literal["all"] | Collection[str]) -> list[str | int]: ...
 
     def encode_parts(self, parts: Sequence[str | int], continued: bool = False) -> list[int]: ...
 
@@ -58,10 +56,6 @@ class TemplateTokenizer(Protocol):
     def engine(self) -> TemplateEngine: ...
 
 
-class HostileTemplateError(CheckpointError):
-    """A template reaches for what it must not, or runs for too long."""
-
-
 class ChatTemplate:
     """A model's chat template.
 
@@ -70,137 +64,161 @@ class ChatTemplate:
 
     Attributes:
         control_tokens: what no message can spell: every special token, and each other added token that the template
-            itself writes around messages.
+            writes around messages.
         end_of_turn: the token that the template writes after an answer, or None.
 
     Raises:
+        InputError: the tokenizer has a template, but not what is needed to encode what that writes.
         CheckpointError: the template is not valid Jinja, or hostile.
     """
 
     def __init__(self, tokenizer: TemplateTokenizer) -> None:
+        if not isinstance(tokenizer.chat_template, str) or not hasattr(tokenizer, "engine"):
+            raise InputError(
+                f"{type(tokenizer).__name__} has a chat_template, but is no llama.Tokenizer: pass a formatter to "
+                f"Llama(model, tokenizer, formatter=…)"
+            )
         self.tokenizer, self.engine = tokenizer, tokenizer.engine
-        self.source = tokenizer.chat_template or ""
+        self.source = tokenizer.chat_template
         self.origin = self.engine.chat_template_source or "the program"
-        self.compiled = compile_template(self.source, self.origin)
-        before, after = self._around_an_answer()
+        self._render([])  # raises if it isn't valid Jinja
+        written = "".join(self._around_an_answer(ENDING_WITH_A_QUESTION))
         added_tokens = self.engine.added_tokens
-        written = {part for part in self.engine.split(before + after, "all") if isinstance(part, int)}
-        self.control_tokens = {token.content for token in added_tokens if token.special or token.id in written}
-        end = leading_token(after, added_tokens)
+        ids = {part for part in self.engine.split(written, "all") if isinstance(part, int)}
+        self.control_tokens = frozenset(
+            token.content for token in added_tokens if token.special or (token.id in ids and token.content.strip())
+        )
+        afters = self._around_an_answer(ENDING_WITH_AN_ANSWER)[1::2]
+        end = next(filter(None, (leading_token(after, added_tokens) for after in afters)), None)
         self.end_of_turn = None if end is None else end.id
 
-    def _around_an_answer(self) -> tuple[str, str]:
-        """What the template writes before and after the content of an answer; nothing where it refuses every probe."""
+    def _around_an_answer(self, probes: Iterable[tuple[tuple[str, str], ...]]) -> list[str]:
+        """What the template writes before an answer's content, and after it, for each probe that it doesn't refuse."""
         marker = chr(PRIVATE_USE[0][0])
-        for probe in PROBES:
+        texts = []
+        for probe in probes:
             messages = [{"role": role, "content": content.format(marker)} for role, content in probe]
             try:
-                before, _, after = self.render(messages, add_generation_prompt=False).partition(marker)
+                (text,) = self._render([(messages, False)])
             except HostileTemplateError:
                 raise
             except InputError:  # it will say so again when a dialog is encoded
                 continue
-            return before, after
-        return "", ""
+            before, _, after = text.partition(marker)
+            texts += [before, after]
+        return texts
 
-    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
-        """The text of a dialog, in which control tokens are spelled out.
+    def _render(self, dialogs: Sequence[tuple[Messages, bool]]) -> list[str]:
+        """The text of each dialog, in which control tokens are spelled out.
 
         Args:
-            messages: each with `role` and `content`.
-            add_generation_prompt: whether the beginning of the assistant's next message follows.
+            dialogs: the messages, and whether the beginning of the assistant's next message follows them.
 
         Raises:
-            InputError: the template refuses the dialog; the message has its words.
-            CheckpointError: the template fails, or is hostile.
+            InputError, CheckpointError: see `llama.template_process.render`.
         """
-        budget = Budget(len(self.source), sum(len(message["content"]) for message in messages))
-        variables = {
-            **self.engine.template_tokens,
-            "messages": messages,
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            BUDGET: budget,
-        }
-        chunks = []
-        try:
-            for chunk in self.compiled.generate(variables):
-                budget.check_values(chunk)
-                chunks.append(chunk)
-        except (SecurityError, LimitError, MemoryError, RecursionError) as error:
-            raise HostileTemplateError(f"{self.origin}: the chat template is stopped: {error}") from error
-        except Exception as error:  # a template can raise anything
-            if type(error) is jinja2.TemplateError:  # by its own raise_exception
-                raise InputError(f"the model's chat template refuses the dialog: {error}") from error
-            raise CheckpointError(
-                f"{self.origin}: the chat template fails: {type(error).__name__}: {error!s:.300}"
-            ) from error
-        return "".join(chunks)
+        variables = {"tools": None, "documents": None, **self.engine.template_tokens}
+        renderings = [
+            variables | {"messages": messages, "add_generation_prompt": add_generation_prompt}
+            for messages, add_generation_prompt in dialogs
+        ]
+        return [without_surrogates(text) for text in render(self.source, self.origin, renderings)]
 
     def encode_prompt(self, dialog: Dialog) -> list[int]:
         """The tokens of a dialog, up to where the assistant's next message begins.
 
         Raises:
-            InputError, CheckpointError: see `render`.
+            InputError: the template refuses the dialog; the message has its words.
+            CheckpointError: the template fails, or is hostile.
         """
         hidden = HiddenTexts(self.source, dialog)
-        text = self.render(self._hide(dialog, hidden), add_generation_prompt=True)
+        (text,) = self._render([(self._hide(dialog, hidden, True), True)])
         return self._encode([text], hidden)[0]
 
     def encode_turns(self, dialog: Dialog) -> list[Segment]:
         """The tokens of a whole dialog, to learn from: see `ChatFormat.encode_turns`.
 
         An answer begins where the prompt for it ends, and goes on to the token that ends the turn. Some templates
-        shorten the answers of earlier turns, which are then learned as they stand there; the last one is kept whole.
+        shorten the answers of earlier turns, which are then learned as they stand there, while the last one is kept
+        whole. An earlier answer is not learned where the template writes something else before it than the prompt.
 
         Raises:
-            InputError, CheckpointError: see `render`; or the template doesn't write the last answer.
+            InputError, CheckpointError: see `encode_prompt`; or the template doesn't write the last answer.
         """
         hidden = HiddenTexts(self.source, dialog)
-        messages = self._hide(dialog, hidden)
+        messages = self._hide(dialog, hidden, False)
         marker = hidden.next_character()
-        text = self.render(messages, add_generation_prompt=False)
-        answers: list[tuple[int, int]] = []  # where in the text each learned part begins and ends
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self.render(messages[:number], add_generation_prompt=True)
-            marked = [*messages[:number], {**message, "content": marker}, *messages[number + 1 :]]
-            before, found, after = self.render(marked, add_generation_prompt=False).partition(marker)
+        numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        marked = [[*messages[:n], {**messages[n], "content": marker}, *messages[n + 1 :]] for n in numbers]
+        asked = [messages[:n] for n in numbers if n > 0]
+        text, *others = self._render(
+            [(messages, False), *((dialog, False) for dialog in marked), *((dialog, True) for dialog in asked)]
+        )
+        with_marker, prompts = others[: len(numbers)], others[len(numbers) :]
+        if numbers[:1] == [0]:  # nothing asks for a first message
+            prompts.insert(0, with_marker[0].partition(marker)[0])
+        learned: list[tuple[int, int]] = []  # where in the text each answer to be learned begins and ends
+        for number, prompt, marked_text in zip(numbers, prompts, with_marker, strict=True):
+            before, written_marker, after = marked_text.partition(marker)
             content = text[len(before) : len(text) - len(after)]
-            is_last = number == len(messages) - 1
-            if not found or before + content + after != text:
-                if is_last:
-                    raise InputError(f"{self.origin}: the chat template doesn't write the assistant's last message")
-                continue
-            if is_last:
-                if content.strip() != message["content"].strip():
-                    content = message["content"]
-                beginning = before + content if (before + content).startswith(prompt) else prompt + content
-                answers = [(begin, end) for begin, end in answers if beginning[:end] == text[:end]]
+            # Otherwise the template writes other things beside the marker than beside the content.
+            is_at_marker = bool(written_marker) and before + content + after == text
+            if number < len(messages) - 1:
+                if not is_at_marker or not (before + content).startswith(prompt):
+                    continue
+            elif not written_marker:
+                raise InputError(f"{self.origin}: the chat template doesn't write the assistant's last message")
+            else:
+                whole = messages[number]["content"]
+                if content.strip() != whole.strip():  # the template has shortened it, and not just trimmed it
+                    content = whole
+                beginning = before + content
+                if not is_at_marker or not beginning.startswith(prompt):
+                    beginning = prompt + whole
+                learned = [(begin, end) for begin, end in learned if beginning[:end] == text[:end]]
                 text = beginning + after
-            begin = len(prompt) if text.startswith(prompt) else len(before)
-            end = len(text) - len(after)
-            end_token = leading_token(after, self.engine.added_tokens)
-            if end_token is not None and end_token.id in self.tokenizer.stop_tokens:
-                end += after.index(end_token.content) + len(end_token.content)
-            answers.append((begin, end))
-        cuts = [0, *itertools.chain(*answers), len(text)]
+            learned.append((len(prompt), len(text) - len(after) + self._end_length(after)))
+        cuts = [0, *itertools.chain(*learned), len(text)]
         encoded = self._encode([text[begin:end] for begin, end in itertools.pairwise(cuts)], hidden)
         segments = [Segment(tokens, i % 2 == 1) for i, tokens in enumerate(encoded)]
-        if messages[-1]["role"] == "assistant" and segments[-2].tokens[-1] not in self.tokenizer.stop_tokens:
-            segments[-2].tokens.append(self.tokenizer.eos_id)  # the template writes nothing that ends an answer
+        if messages[-1]["role"] == "assistant":
+            last = segments[-2].tokens
+            if not self.tokenizer.stop_tokens.intersection(last[-1:]):
+                last.append(self.tokenizer.eos_id)  # the template writes nothing that ends an answer
         return segments
 
-    def _hide(self, dialog: Dialog, hidden: "HiddenTexts") -> list[dict[str, str]]:
-        return [
+    def _end_length(self, after: str) -> int:
+        """How much of what follows an answer ends it: up to a stop token, if that comes first, white space aside."""
+        token = leading_token(after, self.engine.added_tokens)
+        if token is None or token.id not in self.tokenizer.stop_tokens:
+            return 0
+        end = after.index(token.content) + len(token.content)
+        rest = after[end:]
+        return end + (len(rest) - len(rest.lstrip()) if token.rstrip else 0)
+
+    def _hide(self, dialog: Dialog, hidden: "HiddenTexts", add_generation_prompt: bool) -> Messages:
+        """The messages of a dialog, with private-use characters in place of control tokens.
+
+        A template may still make control tokens of what is left of a message, for instance by removing a part of it.
+        Then it writes more of them than it does when each character that begins one is hidden, and all of these are.
+        """
+        messages: Messages = [
             {
                 "role": message["role"],
                 "content": hidden.hide(without_surrogates(message["content"]), self.control_tokens),
             }
             for message in dialog
         ]
+        first_characters = {token[0] for token in self.control_tokens}
+        if not any(first_characters.intersection(message["content"]) for message in dialog):
+            return messages
+        stricter: Messages = [
+            {**message, "content": hidden.hide_characters(message["content"], first_characters)} for message in messages
+        ]
+        texts = self._render([(messages, add_generation_prompt), (stricter, add_generation_prompt)])
+        parts = (self.engine.split(text, self.control_tokens) for text in texts)
+        n_tokens, n_without = (sum(isinstance(part, int) for part in text_parts) for text_parts in parts)
+        return messages if n_tokens == n_without else stricter
 
     def _encode(self, texts: list[str], hidden: "HiddenTexts") -> list[list[int]]:
         """The tokens of each of the successive parts of a rendered text."""
@@ -208,8 +226,7 @@ class ChatTemplate:
         context: list[int] = []  # the token that the text so far ends with, if it doesn't end with ordinary text
         continued = False
         for text in texts:
-            split = self.engine.split(text, "all")
-            parts = [hidden.restore(part) if isinstance(part, str) else part for part in split if part != ""]
+            parts = [hidden.restore(part) if isinstance(part, str) else part for part in self.engine.split(text, "all")]
             encoded.append(self.engine.encode_parts([*context, *parts], continued)[len(context) :])
             if parts:
                 context = [part for part in parts[-1:] if isinstance(part, int)]
@@ -231,26 +248,6 @@ def end_of_turn(tokenizer: TemplateTokenizer) -> set[int]:
     return set() if end is None else {end}
 
 
-@functools.lru_cache(maxsize=8)
-def compile_template(source: str, origin: str) -> jinja2.Template:
-    """Compile a chat template; CheckpointError if it is no valid one, naming `origin`."""
-    if len(source) > MAX_SOURCE:
-        raise CheckpointError(f"{origin}: the chat template has {len(source)} characters, more than {MAX_SOURCE}")
-    try:
-        return template_environment().from_string(source)
-    except Exception as error:  # Jinja and Python's compiler raise many kinds
-        line = getattr(error, "lineno", None)
-        where = "" if line is None else f", line {line}"
-        raise CheckpointError(
-            f"{origin}: the chat template is not valid Jinja{where}: {type(error).__name__}: {error!s:.300}"
-        ) from error
-
-
-@functools.cache
-def template_environment() -> TemplateEnvironment:
-    return TemplateEnvironment()
-
-
 def leading_token(text: str, added_tokens: Iterable[AddedToken]) -> AddedToken | None:
     """The added token that a text begins with, white space aside, or None."""
     start = text.lstrip()
@@ -266,49 +263,87 @@ class HiddenTexts:
     """
 
     def __init__(self, source: str, dialog: Dialog) -> None:
-        used = set(source).union(*(message["content"] for message in dialog))
+        self._used = "".join([source, *(message["content"] for message in dialog)])
+        used = set(self._used)
         self._free = (c for c in map(chr, itertools.chain(*PRIVATE_USE)) if c not in used)
-        self._characters: dict[str, str] = {}
+        self._characters: dict[str, str] = {"": ""}
 
     def next_character(self) -> str:
         """A character that stands for nothing yet."""
-        character = next(self._free, None)
-        if character is None:
-            raise InputError("the dialog uses every private-use character of Unicode; leave some of them out")
-        return character
+        for character in self._free:
+            if json_escape(character) not in self._used:
+                return character
+        raise InputError("the dialog uses every private-use character of Unicode; leave some of them out")
 
-    def hide(self, text: str, control_tokens: Iterable[str]) -> str:
+    def hide(self, text: str, control_tokens: frozenset[str]) -> str:
         """Replace the control tokens in a message, and the parts of them that it begins and ends with.
 
         Such a part could become a whole token with what the template, or the next message, puts beside it.
         """
-        whole, starts, ends = control_token_parts(frozenset(control_tokens))
-        text = whole.sub(lambda match: self._character(match[0]), text)
+        tokens = sorted_tokens(control_tokens)
+        text = tokens.pattern.sub(lambda match: self._character(match[0]), text)
         content = text.strip()  # which is what many templates take of it
-        position, length = text.index(content), len(content)
-        lengths = range(min(length, max(map(len, control_tokens), default=0)), 0, -1)
-        head = next((content[:n] for n in lengths if content[:n] in ends), "")
+        start = text.index(content)
+        lengths = range(min(len(content), tokens.max_length), 0, -1)
+        head = next((content[:n] for n in lengths if begins_another(content[:n][::-1], tokens.reversed)), "")
         middle = content[len(head) :]
-        tail = next((middle[-n:] for n in lengths if middle[-n:] in starts), "")
+        tail = next((middle[-n:] for n in lengths if begins_another(middle[-n:], tokens.names)), "")
         middle = middle[: len(middle) - len(tail)]
+        content_length = len(content)
         content = self._character(head) + middle + self._character(tail)
-        return text[:position] + content + text[position + length :]
+        return text[:start] + content + text[start + content_length :]
+
+    def hide_characters(self, text: str, characters: Iterable[str]) -> str:
+        """Replace these characters."""
+        return text.translate({ord(character): self._character(character) for character in characters})
 
     def _character(self, text: str) -> str:
         """The character that stands for a text; nothing stands for none."""
-        if text and text not in self._characters:
+        if text not in self._characters:
             self._characters[text] = self.next_character()
-        return self._characters.get(text, "")
+        return self._characters[text]
 
     def restore(self, text: str) -> str:
-        """Put the texts back in which `hide` has replaced."""
-        return text.translate({ord(character): hidden for hidden, character in self._characters.items()})
+        """Put the replaced texts back, also where a template has written their characters as JSON."""
+        texts = {character: text for text, character in self._characters.items() if character}
+        texts |= {json_escape(character): text for character, text in texts.items()}
+        return re.sub("|".join(map(re.escape, texts)), lambda match: texts[match[0]], text) if texts else text
+
+
+def json_escape(character: str) -> str:
+    """How a character is written in JSON that is ASCII."""
+    return json.dumps(character)[1:-1]
+
+
+class SortedTokens(NamedTuple):
+    """Control tokens as they are searched for.
+
+    Attributes:
+        pattern: matches each of them, the longest first.
+        names: themselves, sorted.
+        reversed: each from its last character to its first, sorted.
+        max_length: of the longest, in characters.
+    """
+
+    pattern: re.Pattern[str]
+    names: list[str]
+    reversed: list[str]
+    max_length: int
 
 
 @functools.lru_cache(maxsize=8)
-def control_token_parts(names: frozenset[str]) -> tuple[re.Pattern[str], frozenset[str], frozenset[str]]:
-    """A pattern that matches each of these tokens, and all that they begin and end with, without the whole tokens."""
-    pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"
-    starts = frozenset(name[:cut] for name in names for cut in range(1, len(name)))
-    ends = frozenset(name[cut:] for name in names for cut in range(1, len(name)))
-    return re.compile(pattern), starts, ends
+def sorted_tokens(names: frozenset[str]) -> SortedTokens:
+    """Control tokens as they are searched for."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return SortedTokens(
+        re.compile("|".join(map(re.escape, longest_first)) or "(?!)"),
+        sorted(names),
+        sorted(name[::-1] for name in names),
+        len(longest_first[0]) if longest_first else 0,
+    )
+
+
+def begins_another(part: str, names: list[str]) -> bool:
+    """Whether one of the sorted names begins with `part`, and goes on."""
+    position = bisect_right(names, part)
+    return position < len(names) and names[position].startswith(part)

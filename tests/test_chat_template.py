@@ -6,11 +6,11 @@ import random
 
 import pytest
 from chat_templates import STYLES, Style, random_content, random_dialog, write_folder, write_gguf_tokenizer
-from conftest import ScriptedModel
+from conftest import ScriptedModel, ScriptedTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama import ChatFormat, Llama, Tokenizer
+from llama import ChatFormat, Llama, Tokenizer, template_process
 from llama.chat_format import TemplateFormat
 from llama.chat_template import HiddenTexts
 from llama.errors import CheckpointError, InputError
@@ -69,12 +69,17 @@ def hostile_content(generator: random.Random, control_tokens: list[str]) -> str:
     return "".join(pieces)
 
 
-def test_no_content_spells_a_control_token(formats):
+def test_no_content_spells_a_control_token(formats, style):
     generator = random.Random(7)
     for formatter in formats:
         tokenizer = formatter.tokenizer
-        control_tokens = sorted(formatter.template.control_tokens)
+        names = {*tokenizer.special_tokens, *style.special, style.end_of_turn, "<s>", "</s>", "<unk>"}
+        names |= {name for name in style.ordinary if "think" not in name}
+        control_tokens = sorted(names & {token.content for token in tokenizer.engine.added_tokens})
         control_ids = {token.id for token in tokenizer.engine.added_tokens if token.content in control_tokens}
+        assert formatter.template.control_tokens == set(control_tokens) - (
+            {"<think>"} if "<｜User｜>" not in names else set()
+        )
         for _ in range(100):  # dialogs, for each of three sources and eight styles
             contents = [hostile_content(generator, control_tokens) for _ in range(3)]
             # DeepSeek's template takes what follows </think>, the last one shortens contents: neither is at issue here.
@@ -88,9 +93,6 @@ def test_no_content_spells_a_control_token(formats):
             if "[:40]" not in tokenizer.chat_template:
                 for content in contents:
                     assert content.strip() in text, hostile
-
-
-PLAIN = "{% for message in messages %}{{ message.role + ': ' + message.content + eos_token }}{% endfor %}"
 
 
 @pytest.mark.parametrize("order", [("user",), ("user", "assistant", "user")])
@@ -107,18 +109,62 @@ def test_what_the_template_and_messages_join_is_no_control_token(tmp_path, order
         assert tokenizer.decode(tokens) == joined
 
 
+@pytest.mark.parametrize(
+    ("change", "content"),
+    [
+        ("message.content.replace('/no_think', '')", "<|e/no_thinknd_header_id|>"),
+        ("message.content | lower", "<|START_HEADER_ID|>"),
+        ("message.content.split() | join", "<|eot _id|>"),
+        ("message.content | reverse", ">|di_toe|<"),
+        ("message.content[2:] + message.content[:2]", "|><|eot_id"),
+        ("message.content.strip('xq')", "x<|eot_id|>q"),
+        ("message.content | tojson(ensure_ascii=true)", "é <|eot_id|> é"),
+    ],
+)
+def test_what_a_template_makes_of_a_message_is_no_control_token(tmp_path, change, content):
+    template = "{% for message in messages %}{{ '<|start_header_id|>' + message.role + '<|end_header_id|>' + ("
+    template += change + ") + '<|eot_id|>' }}{% endfor %}"
+    formatter = ChatFormat(Tokenizer(write_folder(tmp_path, Style("byte-level", template))))
+    special = set(formatter.tokenizer.special_tokens.values())
+    tokens = formatter.encode_dialog_prompt([{"role": "user", "content": content}])
+    assert [token for token in tokens if token in special] == [274, 275, 277]
+    assert formatter.tokenizer.decode(tokens).count("<|eot_id|>") in (1, 2)  # the second is written out
+
+
+def test_tokens_that_only_some_messages_need(tmp_path):
+    """A token that the template writes before a system message can't be spelled either, by anyone."""
+    template = "{% for m in messages %}{{ {'system': '<S>', 'user': '<U>', 'assistant': '<A>'}[m.role] + m.content }}"
+    style = Style("byte-level", template + "{% endfor %}", ordinary=("<S>", "<U>", "<A>", "<other>"))
+    formatter = ChatFormat(Tokenizer(write_folder(tmp_path, style)))
+    assert {"<S>", "<U>", "<A>"} <= formatter.template.control_tokens
+    ids = {token.content: token.id for token in formatter.tokenizer.engine.added_tokens}
+    tokens = formatter.encode_dialog_prompt([{"role": "user", "content": "<S>x<A>y<U>z<other>"}])
+    assert [token for token in tokens if token in ids.values()] == [ids["<U>"], ids["<other>"]]
+
+
+def test_white_space_tokens_control_nothing(tmp_path):
+    """Some vocabularies have new lines as added tokens; a template that trims a message must see them."""
+    template = "{% for m in messages %}{{ m.role + '\n' + m.content | trim + '\n\n' }}{% endfor %}"
+    style = Style("byte-level", template, ordinary=("\n", "\n\n", "  "))
+    path = write_folder(tmp_path, style)
+    generator = random.Random(2)
+    dialogs = [random_dialog(generator) for _ in range(50)]
+    formatter = ChatFormat(Tokenizer(path))
+    assert [formatter.encode_dialog_prompt(dialog) for dialog in dialogs] == transformers_ids(tmp_path, dialogs)
+
+
 def test_a_dialog_of_all_private_use_characters():
     every = "".join(map(chr, [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE)]))
     hidden = HiddenTexts("", [{"role": "user", "content": every[1:]}])
-    assert hidden.restore(hidden.hide("<s> x", {"<s>"})) == "<s> x"
+    assert hidden.restore(hidden.hide("<s> x", frozenset({"<s>"}))) == "<s> x"
     with pytest.raises(InputError, match="every private-use character"):
-        HiddenTexts("", [{"role": "user", "content": every}]).hide("<s>", {"<s>"})
+        HiddenTexts("", [{"role": "user", "content": every}]).hide("<s>", frozenset({"<s>"}))
 
 
 @given(st.lists(st.sampled_from(["<a>", "<", "a", ">", "<ab>", " ", "\ue000", "\U000f0000", "b>", "x"])).map("".join))
 def test_hidden_texts_come_back(text):
     hidden = HiddenTexts("", [{"role": "user", "content": text}])
-    concealed = hidden.hide(text, {"<a>", "<ab>"})
+    concealed = hidden.hide(text, frozenset({"<a>", "<ab>"}))
     assert "<a>" not in concealed
     assert "<ab>" not in concealed
     assert hidden.restore(concealed) == text
@@ -189,6 +235,83 @@ def test_a_prompt_that_begins_the_answer(tmp_path, answer):
     assert tokenizer.decode(learned.tokens) == answer.removeprefix("<think>\n") + "<｜end▁of▁sentence｜>"
 
 
+THOUGHTS_IN_PLACE = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
+{%- if m.role == 'assistant' and loop.last %}
+{%- if '</think>' not in m.content %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content }}
+{%- else %}{{ m.content.split('</think>')[-1] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "learned"),
+    [("<think>\nhm\n</think>\n\nYes", "<think>\nhm\n</think>\n\nYes"), ("Yes", "<think>\n\n</think>\n\nYes")],
+)
+def test_a_template_that_adds_empty_thoughts(tmp_path, answer, learned):
+    style = STYLES["ChatML with BOS"]._replace(template=THOUGHTS_IN_PLACE, ordinary=("<think>", "</think>"))
+    formatter = ChatFormat(Tokenizer(write_folder(tmp_path, style)))
+    assert "</think>" not in formatter.template.control_tokens
+    dialog = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    segments = formatter.encode_turns([*dialog, {"role": "assistant", "content": answer}])
+    *context, last, _ = segments
+    assert [token for segment in context for token in segment.tokens] == formatter.encode_dialog_prompt(dialog)
+    assert formatter.tokenizer.decode(last.tokens) == learned + "<|im_end|>"
+    assert sum(segment.from_assistant for segment in segments) == 2
+
+
+def test_an_end_token_that_swallows_white_space(tmp_path):
+    """The parts of a dialog have the tokens of the whole, though one ends in white space that belongs to a token."""
+    template = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    path = write_folder(tmp_path, Style("byte-level", template, special=("<|end|>",), end_of_turn="<|end|>"))
+    values = json.loads(path.read_text())
+    for entry in values["added_tokens"]:
+        entry["rstrip"] = entry["content"] == "<|end|>"
+    path.write_text(json.dumps(values))
+    formatter = ChatFormat(Tokenizer(path))
+    dialog = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    tokens = [token for segment in formatter.encode_turns(dialog) for token in segment.tokens]
+    assert tokens == transformers_ids(tmp_path, [dialog], add_generation_prompt=False)[0]
+
+
+def test_a_prompt_that_differs_from_what_stands_in_the_dialog(tmp_path):
+    """An earlier answer that the model would give after another prompt is not learned."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' and m == (messages | selectattr('role', 'equalto', 'user') | "
+    )
+    template += "list | last) %}{{ 'LAST ' }}{% endif %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    formatter = ChatFormat(Tokenizer(write_folder(tmp_path, Style("sentencepiece", template))))
+    messages = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    dialog = [{"role": role, "content": content} for role, content in messages]
+    before, learned, _ = formatter.encode_turns(dialog)
+    assert before.tokens == formatter.encode_dialog_prompt(dialog[:3])
+    assert formatter.tokenizer.decode(learned.tokens) == "d"
+
+
+def test_a_dialog_that_begins_with_an_answer_and_one_that_is_empty(tmp_path):
+    formatter = ChatFormat(Tokenizer(write_folder(tmp_path, STYLES["Llama 3.1"])))
+    segments = formatter.encode_turns([{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}])
+    assert [formatter.tokenizer.decode(s.tokens) for s in segments if s.from_assistant] == ["a<|eot_id|>"]
+    template = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    formatter = ChatFormat(Tokenizer(write_folder(tmp_path / "empty", Style("sentencepiece", template))))
+    segments = formatter.encode_turns([{"role": "user", "content": "b"}, {"role": "assistant", "content": ""}])
+    assert [s.tokens[-1] for s in segments if s.from_assistant] == [formatter.tokenizer.eos_id]
+
+
+def test_formats_can_be_copied_and_pickled(tmp_path):
+    formatter = ChatFormat(Tokenizer(write_folder(tmp_path, STYLES["Zephyr"])))
+    dialog = [{"role": "user", "content": "a"}]
+    assert copy.copy(formatter).encode_dialog_prompt(dialog) == formatter.encode_dialog_prompt(dialog)
+    assert copy.copy(formatter.template).encode_prompt(dialog) == formatter.encode_dialog_prompt(dialog)
+
+
+def test_a_foreign_tokenizer_with_a_template():
+    tokenizer = ScriptedTokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(InputError, match=r"ScriptedTokenizer has a chat_template, but is no llama.Tokenizer: pass a"):
+        ChatFormat(tokenizer)
+
+
 def test_a_template_that_ends_answers_with_nothing(tmp_path):
     template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     template += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -230,20 +353,23 @@ def test_a_template_s_own_refusal_is_an_input_error(tmp_path):
     [
         (
             "{% for m in messages %}",
-            r"tokenizer_config\.json: the chat template is not valid Jinja, line 1: TemplateSyn",
+            r"^tokenizer_config\.json: the chat template fails: TemplateSyntaxError in line 1: ",
         ),
-        ("{{ messages | no_such_filter }}", "not valid Jinja.*No filter named 'no_such_filter'"),
-        ("{{ messages[5].content.x }}", "the chat template fails: UndefinedError"),
         (
-            "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
-            "is stopped: it",
+            "{{ messages | no_such_filter }}",
+            "fails: TemplateAssertionError in line 1: No filter named 'no_such_filter'",
         ),
-        ("{{ ''.__class__ }}", "is stopped: it reaches for '__class__' of a str"),
-        ("x" * 100_001, "100001 characters, more than 100000"),
+        ("{{ messages[5].content.x }}", "the chat template fails: UndefinedError: list object has no element 5"),
+        ("{% for a in range(9999) %}" * 3 + "{% endfor %}" * 3, r"is stopped: it takes over 0\.5 seconds, or too much"),
+        ("{{ ''.__class__ }}", "is stopped: SecurityError: it reaches for '__class__' of a str"),
+        ("{{ 'x' * 10 ** 10 }}", "is stopped: MemoryError: no more memory"),
+        ("{{ 'x' * 500000 }}", "is stopped: MemoryError: it writes over 20"),
+        ("x" * 200_001, "200001 characters, more than 200000"),
     ],
 )
-def test_templates_that_cannot_be_used(tmp_path, template, message):
+def test_templates_that_cannot_be_used(monkeypatch, tmp_path, template, message):
     """They don't keep the model from completing texts: the error comes when a dialog is encoded."""
+    monkeypatch.setattr(template_process, "MAX_SECONDS", 0.5)
     tokenizer = Tokenizer(write_folder(tmp_path, Style("sentencepiece", template)))
     llama = Llama(ScriptedModel(400), tokenizer)
     assert llama.text_completion(["the"], 0, max_gen_len=1)
@@ -283,6 +409,7 @@ def test_json_of_the_template_is_read_as_it_stands(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_damaged_templates_raise_our_exceptions(llama3):
     """Parts of the templates removed, doubled, and swapped for parts of others, or for characters that Jinja knows."""
     generator = random.Random(11)
@@ -290,7 +417,7 @@ def test_damaged_templates_raise_our_exceptions(llama3):
     tokenizer = copy.copy(llama3)
     dialog = random_dialog(generator, 2)
     n_encoded = 0
-    for _ in range(300):
+    for _ in range(100):
         source = generator.choice(sources)
         for _ in range(generator.randrange(1, 4)):
             begin = generator.randrange(len(source))
@@ -308,4 +435,4 @@ def test_damaged_templates_raise_our_exceptions(llama3):
             continue
         n_encoded += 1
         assert all(0 <= token < tokenizer.n_words for token in tokens)
-    assert 0 < n_encoded < 300
+    assert 0 < n_encoded < 100

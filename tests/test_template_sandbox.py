@@ -1,27 +1,24 @@
-"""The sandbox of chat templates: what Jinja renders there, and hostile templates that are stopped."""
+"""Chat templates in a process of their own: what they render, what they must not reach, and how they are stopped."""
 
 # ruff: noqa: E501  (templates stand in one line)
 
+import os
+import subprocess
+import sys
 import time
 
-import jinja2
 import pytest
-from jinja2.exceptions import SecurityError
 
-from llama import template_sandbox
-from llama.template_sandbox import BUDGET, Budget, LimitError, TemplateEnvironment
+from llama import template_process
+from llama.errors import CheckpointError, InputError
+from llama.template_process import HostileTemplateError, TemplateProcess
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "x"}]
-ENVIRONMENT = TemplateEnvironment()
 
 
 def render(source: str, **variables) -> str:
-    budget = Budget(len(source), 6)
-    chunks = []
-    for chunk in ENVIRONMENT.from_string(source).generate({"messages": MESSAGES, BUDGET: budget} | variables):
-        budget.check_values(chunk)
-        chunks.append(chunk)
-    return "".join(chunks)
+    (text,) = template_process.render(source, "the file", [{"messages": MESSAGES, **variables}])
+    return text
 
 
 def transformers_render(source: str, **variables) -> str:
@@ -80,14 +77,13 @@ REFUSED = [
     "{{ messages[0].update(a=1) }}",
     "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
     "{{ namespace(__class__=1) }}",
-    "{{ 'a'.translate({97: 'x'}) }}",
     "{{ (messages | string).__len__() }}",
 ]
 
 
 @pytest.mark.parametrize("source", REFUSED)
 def test_what_a_template_must_not_reach(source):
-    with pytest.raises(SecurityError):
+    with pytest.raises(HostileTemplateError, match="the file: the chat template is stopped: SecurityError: "):
         render(source)
 
 
@@ -103,14 +99,15 @@ ENDLESS = {
     "formats by filter": "{{ '%1000000000d' | format(1) }}",
     "widths as arguments": "{{ '%*d' % (1000000000, 1) }}",
     "widths in widths": "{{ '{:{w}}'.format(1, w=1000000000) }}",
-    "dates": "{{ strftime_now('%1000000000d') }}",
     "powers": "{{ 10 ** 9999 ** 9999 }}",
     "numbers": "{% set ns = namespace(n=2) %}" + LOOP % "{% set ns.n = ns.n * ns.n %}",
     "doubling by ~": "{% set ns = namespace(s='x') %}" + LOOP % "{% set ns.s = ns.s ~ ns.s %}",
     "doubling by +": "{% set ns = namespace(s='x') %}" + LOOP % "{% set ns.s = ns.s + ns.s %}",
     "doubling by replace": "{% set ns = namespace(s='x') %}" + LOOP % "{% set ns.s = ns.s.replace('x', 'xx') %}",
     "a filter's replace": "{% set ns = namespace(s='x') %}" + LOOP % "{% set ns.s = ns.s | replace('', 'xx') %}",
-    "lists": "{% set ns = namespace(s=[1]) %}" + LOOP % "{% set ns.s = [ns.s, ns.s] %}" + "{{ ns.s == ns.s }}",
+    "lists": "{% set ns = namespace(s=[1], t=[1]) %}"
+    + LOOP % "{% set ns.s = [ns.s, ns.s] %}{% set ns.t = [ns.t, ns.t] %}"
+    + "{{ ns.s == ns.t }}",
     "tuples": "{% set ns = namespace(s=(1,)) %}" + LOOP % "{% set ns.s = (ns.s, ns.s) %}" + "{{ {ns.s: 1} }}",
     "dicts": "{% set ns = namespace(s={}) %}"
     + LOOP % "{% set ns.s = {'a': ns.s, 'b': ns.s} %}"
@@ -126,52 +123,156 @@ ENDLESS = {
     "kept text": "{% set s %}{% for i in range(9999) %}{{ 'x' * 100000 }}{% endfor %}{% endset %}{{ s | length }}",
     "slices": "{{ range(10) | slice(1000000) | list }}",
     "ranges": "{{ range(10 ** 9) | list }}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "recursive loops": "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+    "tests": "{{ range(99999) | select('in', [0.5] * 1900000) | list }}",
+    "searching": "{% set s = 'a' * 1200000 %}{{ s.rfind('ab' + 'a' * 500000) }}",
+    "stripping": "{{ ('🙂' * 900000).strip('😀' * 900000 + '🙂') }}" * 9,
+    "hash collisions": "{{ range(0, 99999 * (2 ** 61 - 1), 2 ** 61 - 1) | unique | list | length }}",
+    "long numbers": "{% set x = ('7' * 1900000) | int(base=16) %}{{ x % (x // 3) }}" * 9,
+    "widths within widths": "{{ '{:{a}{a}{a}}'.format(1, a=999) }}",
+    "bytes": "{{ ('x'.encode() * 3000000000) | length }}",
+    "texts of tuples": "{{ raise_exception(('x' * 10 ** 9, 'y' * 10 ** 9)) }}",
+    "compiling": "{{ 'a' | center(10 ** 9) }}",
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS)
 def test_templates_that_would_not_end_or_fill_the_memory(monkeypatch, source):
-    monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 1.0)
+    monkeypatch.setattr(template_process, "MAX_SECONDS", 0.5)
     begin = time.monotonic()
-    with pytest.raises((LimitError, OverflowError)):
+    with pytest.raises(CheckpointError):
         render(source)
-    assert time.monotonic() - begin < 60
-
-
-@pytest.mark.parametrize(
-    "source",
-    ["{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}"],
-)
-def test_endless_recursion(source):
-    with pytest.raises(RecursionError):
-        render(source)
+    assert time.monotonic() - begin < 30  # usually below one second
 
 
 @pytest.mark.parametrize(
     "source", ["{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}", "{% if 1 %}" * 3000 + "{% endif %}" * 3000]
 )
 def test_deep_nesting_is_refused(source):
-    with pytest.raises((RecursionError, SyntaxError, MemoryError)):
+    with pytest.raises(CheckpointError, match=r"RecursionError|SyntaxError|MemoryError|takes over"):
         render(source)
 
 
 @pytest.mark.parametrize("source", ["{% import 'os' as os %}", "{% include '/etc/passwd' %}", "{% extends 'x' %}"])
 def test_other_files_are_not_read(source):
-    with pytest.raises(TypeError, match="no loader"):
+    with pytest.raises(CheckpointError, match="fails: TypeError: no loader"):
         render(source)
 
 
 def test_a_template_s_own_exception():
-    with pytest.raises(jinja2.TemplateError, match="no such role") as error:
+    with pytest.raises(InputError, match=r"^the model's chat template refuses the dialog: no such role$") as error:
         render("{{ raise_exception('no such role') }}")
-    assert type(error.value) is jinja2.TemplateError
+    assert not isinstance(error.value, CheckpointError)
+    # Its words may be no text, and may not even become one.
+    for words in ("[('f' * 5000) | int(base=16)]", "'\\ud800'", "messages"):
+        with pytest.raises(InputError, match=r"the file: the chat template fails|template refuses the dialog: "):
+            render(f"{{{{ raise_exception({words}) }}}}")
 
 
-def test_a_long_dialog_is_within_the_limits():
+def test_a_template_changes_no_message():
+    with pytest.raises(CheckpointError):
+        render("{{ dict.update(messages[0], content='y') }}")
+    assert render("{{ dict.fromkeys(['a'], 1) }}") == "{'a': 1}"
+
+
+def test_half_of_a_surrogate_pair():
+    assert render("{{ '\\ud800' }}") == "\ud800"
+
+
+def test_long_dialogs():
     messages = [{"role": "user", "content": "word " * 2000}] * 1000
     source = (
         "{% for m in messages %}{{ loop.index ~ m.content | trim }}{% if m == messages[-1] %}{% endif %}{% endfor %}"
     )
-    budget = Budget(len(source), sum(len(message["content"]) for message in messages))
-    text = "".join(ENVIRONMENT.from_string(source).generate({"messages": messages, BUDGET: budget}))
+    (text,) = template_process.render(source, "", [{"messages": messages}])
     assert len(text) == 1000 * 9999 + sum(len(str(number)) for number in range(1, 1001))
+    short = [{"role": "user", "content": "x"}] * 5000
+    source = "{% for m in messages %}{{ messages | length }}{{ 'some text that a template writes' }}{% endfor %}"
+    assert len(template_process.render(source, "", [{"messages": short}])[0]) == 5000 * 36
+
+
+def test_a_process_is_kept_and_replaced():
+    process = TemplateProcess("{{ messages | length }}")
+    rendering = {"messages": MESSAGES}
+    assert process.answer([rendering, rendering]) == ["2", "2"]
+    first = process._process
+    assert process.answer([rendering]) == ["2"]
+    assert process._process is first
+    first.kill()  # as the system does when memory runs out
+    first.wait()
+    assert process.answer([rendering]) == ["2"]
+    second = process._process
+    del process
+    assert second.wait(timeout=30) is not None  # it ends with the object
+
+
+def test_a_template_that_was_stopped_is_tried_again(monkeypatch):
+    """The machine may just have been busy."""
+    source = "{% for i in range(9999) %}{% for j in messages %}{% endfor %}{% endfor %}done"
+    monkeypatch.setattr(template_process, "MAX_SECONDS", 0.01)
+    with pytest.raises(HostileTemplateError, match=r"it takes over 0\.01 seconds"):
+        render(source, messages=MESSAGES * 99)
+    monkeypatch.undo()
+    assert render(source) == "done"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_has_processes_of_its_own():
+    """And leaves those of its parent alone when it ends."""
+    code = """if True:
+        import os, sys
+        from llama import template_process
+        render = lambda: template_process.render("{{ messages[0] }}", "", [{"messages": [os.getpid()]}])
+        variables = lambda: [{"messages": [{"content": str(os.getpid())}]}]
+        render = lambda: template_process.render("{{ messages[0].content }}", "", variables())
+        assert render() == [str(os.getpid())]
+        child = os.fork()
+        assert render() == [str(os.getpid())]
+        if child:
+            assert os.waitpid(child, 0)[1] == 0
+            assert render() == [str(os.getpid())]
+        sys.exit(0)"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_ctrl_c_reaches_the_program_alone():
+    """The answer that comes later is not taken for that of the next question."""
+    code = """if True:
+        import signal, threading, os
+        from llama import template_process
+        slow = "{% for i in range(n) %}{% for j in range(9999) %}{% endfor %}{% endfor %}{{ n }}"
+        render = lambda n: template_process.render(slow, "", [{"messages": [], "n": n}])
+        assert render(1) == ["1"]
+        threading.Timer(0.3, os.killpg, (os.getpgrp(), signal.SIGINT)).start()
+        try:
+            render(9000)
+            raise SystemExit("not interrupted")
+        except KeyboardInterrupt:
+            assert render(2) == ["2"]"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, start_new_session=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_process_ends_with_the_program():
+    code = """if True:
+        import os
+        from llama import template_process
+        template_process.render("x", "", [{"messages": []}])
+        print(template_process.template_process("x", os.getpid())._process.pid, flush=True)
+        os._exit(1)  # as if it were killed"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    pid = int(result.stdout)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the process is still there")

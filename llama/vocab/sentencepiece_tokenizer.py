@@ -77,9 +77,8 @@ class SentencePieceTokenizer:
             for token in self.added_tokens
             if token.id not in of_every_model and (token.id in listed or token.id not in own)
         ]
-        self.listed_tokens = [
-            token for token in self.added_tokens if token.id in of_every_model or token in self._recognised
-        ]
+        recognised_ids = {token.id for token in self._recognised}
+        self.listed_tokens = [token for token in self.added_tokens if token.id in of_every_model | recognised_ids]
         self.special_tokens = {token.content: token.id for token in self._recognised if token.special}
         # Ordinary pieces that are named as special tokens, such as for padding, are still ordinary.
         self._contents = {
