@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from conftest import examples, write_tokenizer_json
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
@@ -103,6 +103,7 @@ def test_ids_are_those_of_hugging_face(pair):
 @given(st.text(st.characters(max_codepoint=0x3FF), max_size=30) | st.text("the 'll\n12 中!", max_size=30))
 def test_ids_of_any_text_are_those_of_hugging_face(pair, text):
     ours, engine = pair
+    assume("<|" not in text)  # Hypothesis tries strings of the code too, and theirs recognises special tokens
     assert ours.encode(text, bos=False, eos=False) == engine.encode(text, add_special_tokens=False).ids
 
 
