@@ -12,11 +12,12 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, load, same_weights, strong
+from chat_templates import STYLES, write_folder
+from conftest import ROOT, load, same_weights, strong, tiny_model
 from run_command import Runner, example
 from test_finetune_parallel import write_pairs
 
-from llama import Llama
+from llama import ChatFormat, Llama, Tokenizer
 from llama.checkpoint import save_checkpoint
 from llama.errors import InputError
 from llama.finetune import finetune, metrics, training
@@ -107,6 +108,22 @@ def test_other_layouts_and_dtypes(tiny_checkpoint, tmp_path, data):
         weights = torch.load(out / "consolidated.00.pth", weights_only=True)
         assert {weight.dtype for weight in weights.values()} == {getattr(torch, dtype)}
         assert losses(out)[-1][1] < losses(out)[0][1]
+
+
+def test_the_chat_template_goes_along(tmp_path, data, caplog):
+    """A model with a template of its own is trained on it, and what is written in Meta's layout has it too."""
+    caplog.set_level("INFO")
+    tokenizer = Tokenizer(write_folder(tmp_path / "tokenizer", STYLES["Zephyr"]))
+    save_checkpoint(tmp_path / "model", tiny_model(vocab_size=tokenizer.n_words), tokenizer, layout="hf")
+    finetune(data, tmp_path / "out", tmp_path / "model", **OPTIONS)
+    assert "chat format: the model's own template, from tokenizer_config.json" in caplog.text
+    llama = build(tmp_path / "out")
+    dialog = [{"role": "user", "content": "the user"}]
+    assert llama.formatter.encode_dialog_prompt(dialog) == ChatFormat(tokenizer).encode_dialog_prompt(dialog)
+    finetune(data, tmp_path / "llama2", tmp_path / "model", **OPTIONS, chat_format="llama2")
+    assert "chat format: Llama 2" in caplog.text
+    with pytest.raises(InputError, match=r"chat_format='zephyr' must be one of .*; or train with --format plain"):
+        finetune(data, tmp_path / "other", tmp_path / "model", **OPTIONS, chat_format="zephyr")
 
 
 def start(processes, arguments, **options):

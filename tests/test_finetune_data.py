@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from chat_templates import STYLES, write_folder
 
-from llama import ChatFormat
+from llama import ChatFormat, Tokenizer
 from llama.errors import InputError
 from llama.finetune.data import Example, make_batch, read_examples, shuffled, split_validation
 
@@ -115,6 +116,22 @@ def test_llama2(tmp_path, llama2):
     last = formatter.encode_dialog_prompt([user("x")])
     assert example.tokens == whole[: -len(last)]  # as answered turns are encoded in a prompt
     assert mask(example) == "-" * len(first) + "xxxx" + "-" * (len(example.tokens) - len(first) - 8) + "xxxx"
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_the_model_s_own_template(tmp_path, name):
+    """Answers count, with their end tokens; before the first of them stands the prompt that the model will get."""
+    tokenizer = Tokenizer(write_folder(tmp_path / "folder", STYLES[name]))
+    formatter = ChatFormat(tokenizer)
+    dialog = [system("be"), user("hi"), assistant("the in"), user("us"), assistant("ou")]
+    (example,) = read(tmp_path, tokenizer, {"messages": dialog}, max_seq_len=400)
+    # One template says at its beginning how many messages there are, so only the last answer has its prompt before it.
+    n_asked, answers = (4, "ou") if "messages | length" in tokenizer.chat_template else (2, "theinou")
+    begin = example.loss_mask.index(True)
+    assert example.tokens[:begin] == formatter.encode_dialog_prompt(dialog[:n_asked])
+    learned = tokenizer.decode(split(example)[1]).replace(STYLES[name].end_of_turn, "")
+    assert "".join(learned.split()).replace("4/4", "") == answers
+    assert example.tokens[-1] in tokenizer.stop_tokens
 
 
 def test_plain(tmp_path, llama3, llama2):

@@ -1,5 +1,6 @@
 """Damaged and hostile files of every layout: only this library's exceptions are raised, and no code in them runs."""
 
+import functools
 import json
 import os
 import shutil
@@ -8,8 +9,10 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
+from chat_templates import ALPACA, gguf_metadata, write_folder
 from conftest import (
     load,
     tiny_model,
@@ -74,6 +77,22 @@ def gguf_file(folder: Path) -> None:
     write_gguf(folder / "model.gguf", tiny_model(**SMALL))
 
 
+def sentencepiece_gguf(folder: Path) -> None:
+    """A GGUF file of the Llama 2 family, with added tokens and a chat template."""
+    path = write_folder(folder / "tokenizer", ALPACA)
+    model = tiny_model(vocab_size=Tokenizer(path).n_words, **SMALL)
+    write_gguf(folder / "model.gguf", model, **gguf_metadata(path, ALPACA))
+    shutil.rmtree(folder / "tokenizer")
+
+
+def split_gguf(folder: Path) -> None:
+    """A GGUF model split over files, the first of which holds metadata only."""
+    with pytest.MonkeyPatch.context() as patch:
+        writer = functools.partial(gguf.GGUFWriter, split_max_tensors=4, small_first_shard=True)
+        patch.setattr(gguf, "GGUFWriter", writer)
+        write_gguf(folder / "model.gguf", tiny_model(**SMALL))
+
+
 LAYOUTS = {
     "Meta, Llama 3": llama_3,
     "Meta, Llama 2": llama_2,
@@ -82,6 +101,8 @@ LAYOUTS = {
     "Hugging Face, pickled": pickled,
     "Hugging Face, pickled, with an index": lambda folder: pickled(folder, 3),
     "GGUF": gguf_file,
+    "GGUF, sentencepiece": sentencepiece_gguf,
+    "GGUF, split": split_gguf,
 }
 
 

@@ -4,14 +4,16 @@ Streams on several threads, and calls while a stream is open, are in test_severa
 """
 
 import itertools
+import random
 
 import pytest
 import torch
+from chat_templates import STYLES, write_folder
 from conftest import CachelessBeams, ScriptedModel, ScriptedTokenizer, examples, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama import Llama
+from llama import Llama, Tokenizer
 from llama.default_model import default_checkpoint
 from llama.streaming import WINDOW, RowOutput, StopCriteria, TextStream
 
@@ -36,6 +38,20 @@ def tokenizer(request):
 def streamed_text(tokenizer, ids) -> list[str]:
     stream = TextStream(tokenizer.decode)
     return [*(stream.push(token) for token in ids), stream.end()]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", ["Alpaca", "DeepSeek-R1-Distill"])
+def test_added_tokens_between_the_text(tmp_path, name, legacy):
+    """Of both kinds of tokenizers: any ids, and long texts with tokens that are special and some that aren't."""
+    style = STYLES[name]
+    tokenizer = Tokenizer(write_folder(tmp_path, style._replace(config=style.config | {"legacy": legacy})))
+    generator = random.Random(4)
+    added = [token.id for token in tokenizer.engine.added_tokens if token.content in style.special + style.ordinary]
+    ordinary = tokenizer.encode(" ".join(TEXTS), bos=False, eos=False)
+    for _ in range(30):
+        ids = [generator.choice(added if generator.random() < 0.2 else ordinary) for _ in range(3 * WINDOW)]
+        assert "".join(streamed_text(tokenizer, ids)) == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("text", [*TEXTS, " ".join(TEXTS) * 5], ids=range(len(TEXTS) + 1))
