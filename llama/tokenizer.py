@@ -19,17 +19,17 @@ class Tokenizer:
     """Turns text into token ids and back.
 
     Args:
-        model_path: a `tokenizer.model` of Llama 3 (tiktoken ranks) or Llama 2 (sentencepiece), or a `tokenizer.json` or
-            `*.gguf` file that carries a byte-level vocabulary; told apart by looking at the file.
+        model_path: a `tokenizer.model` of Llama 3 (tiktoken ranks) or Llama 2 (sentencepiece), a byte-level
+            `tokenizer.json`, or a `*.gguf` file; told apart by looking at the file. Those beside it may say more of it.
 
     Attributes:
         n_words: vocabulary size; with Hugging Face's layout, the embedding's, which may be padded by `n_padding`.
         bos_id, eos_id: the ids that begin (None if there is none) and end a text.
         pad_id: -1, which no model ever sees. stop_tokens: the ids at which generation ends, or a turn of a chat.
-        special_tokens: name -> id of the tokens that no plain text encodes to (empty for Llama 2).
+        special_tokens: name -> id of the added tokens that no plain text encodes to (none in Llama 2's own vocabulary).
         add_bos: whether a text to complete begins with BOS.
         chat_template: the Jinja template that the file or its neighbours carry, or None.
-        vocabulary: the tokens' bytes and ranks; None for Llama 2.
+        vocabulary: the tokens' bytes and ranks; None for sentencepiece.
         engine: what encodes and decodes: a `BytePairTokenizer` or a `SentencePieceTokenizer` of `llama.vocab`.
 
     Raises:
@@ -67,9 +67,8 @@ class Tokenizer:
             s: the text.
             bos: put the beginning-of-text token before it.
             eos: put the end-of-text token after it.
-            allowed_special: special tokens that `s` may spell out; others are plain text. (Not for Llama 2.)
-            disallowed_special: texts that `s` must not hold; "all" for every special token not allowed. (Not for
-                Llama 2.)
+            allowed_special: special tokens that `s` may spell out; others are plain text. (There must be some.)
+            disallowed_special: texts that `s` must not hold; "all" for every special token not allowed.
 
         Raises:
             InputError: `s` is no string, or holds what `disallowed_special` forbids, or there is no BOS to put before.
