@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 from llama.errors import CheckpointError, InputError
 
 MAX_START_SECONDS = 60.0  # for starting a process, which may have to read Python from a slow disk
-MAX_SECONDS = 5.0  # for an answer; an ordinary template takes a millisecond
+MAX_SECONDS = 2.0  # for an answer, and one second more for a million characters; ordinary ones take a millisecond
 MAX_SOURCE = 200_000  # characters of a template
 
 # With the paths of this process and no others: not the working directory's, nor those of environment variables.
@@ -97,18 +97,20 @@ def start_process() -> subprocess.Popen[str]:
 def ask(process: subprocess.Popen[str], request: Any) -> Any:
     """What a process answers; where it doesn't, it is ended, and the answer says so."""
     answer = None
+    line = json.dumps(request) + "\n"
+    seconds = MAX_SECONDS + len(line) / 1e6
     try:
         pipe = cast(IO[str], process.stdin)
-        pipe.write(json.dumps(request) + "\n")
+        pipe.write(line)
         pipe.flush()
-        answer = read_line(process, MAX_SECONDS)
+        answer = read_line(process, seconds)
     except BrokenPipeError:  # the process has ended
         pass
     finally:
         if answer is None:  # also if Ctrl-C has interrupted this, and the answer is still to come
             end_process(process, os.getpid())
     if answer is None:
-        return {"kind": "hostile", "text": f"it takes over {MAX_SECONDS:g} seconds, or too much memory"}
+        return {"kind": "hostile", "text": f"it takes over {seconds:.1f} seconds, or too much memory"}
     return answer
 
 
