@@ -19,8 +19,8 @@ class Tokenizer:
     """Turns text into token ids and back.
 
     Args:
-        model_path: a `tokenizer.model` of Llama 3 (tiktoken ranks) or Llama 2 (sentencepiece), a byte-level
-            `tokenizer.json`, or a `*.gguf` file; told apart by looking at the file. Those beside it may say more of it.
+        model_path: a `tokenizer.model` of Llama 3 (tiktoken ranks) or Llama 2 (sentencepiece), a `tokenizer.json`, or a
+            `*.gguf` file; told apart by looking at the file. Those beside it may say more of it.
 
     Attributes:
         n_words: vocabulary size; with Hugging Face's layout, the embedding's, which may be padded by `n_padding`.

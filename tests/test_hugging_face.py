@@ -364,7 +364,7 @@ def test_a_folder_like_llama_3_2_1b_instruct(tmp_path):
 
 
 def test_a_folder_like_llama_2_chat(tmp_path):
-    """A sentencepiece tokenizer.model, with the same tokenizer as JSON beside it."""
+    """A sentencepiece tokenizer.model, with a tokenizer as JSON beside it, which counts only alone."""
     write_hugging_face(tmp_path, write_llama2_tokenizer, vocab_size=320, rope_parameters={"rope_theta": 10000.0})
     as_json = {"model": {"type": "BPE", "byte_fallback": True, "vocab": {"a": 0}, "merges": []}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(as_json))
@@ -372,7 +372,9 @@ def test_a_folder_like_llama_2_chat(tmp_path):
     assert llama.tokenizer.bos_id == 1
     assert llama.chat_completion([[{"role": "user", "content": "the house"}]], max_gen_len=3)
     (tmp_path / "tokenizer.model").unlink()
-    with pytest.raises(ValueError, match=r"tokenizer\.json holds a sentencepiece tokenizer.*tokenizer_path"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json: its normalizer or pre_tokenizer does more .*tokenizer_path"
+    ):
         Llama.build(tmp_path, None, 64, 2)
 
 

@@ -130,7 +130,7 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def _tokenizer_file(self) -> Path:
         json_path, path = self.path / "tokenizer.json", self.path / "tokenizer.model"
-        # Folders with a sentencepiece model have it as JSON too, but only byte-level JSON can be read.
+        # Folders with a sentencepiece model may have it as JSON too, which is read where it is alone.
         if json_path.exists() and not (path.exists() and not is_tiktoken_file(first_bytes(path))):
             return json_path
         return path

@@ -4,18 +4,20 @@ Byte-pair vocabularies of every kind of file become a `Vocabulary`, with which `
 Llama 2's `tokenizer.model` is read by sentencepiece itself, in `SentencePieceTokenizer`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
-from llama.files import first_bytes, require_path
+from llama.files import Metadata, first_bytes, read_json, require_path
 from llama.gguf_file import GGUFFile
 from llama.vocab.added_tokens import AddedToken
 from llama.vocab.byte_pair_tokenizer import BytePairTokenizer
 from llama.vocab.gguf_vocabulary import read_gguf_sentencepiece_config, read_gguf_vocabulary
+from llama.vocab.sentencepiece_json import is_sentencepiece_json, json_sentencepiece_proto
 from llama.vocab.sentencepiece_proto import gguf_sentencepiece_proto
 from llama.vocab.sentencepiece_tokenizer import SentencePieceTokenizer
 from llama.vocab.tiktoken_file import is_tiktoken_file, read_tiktoken_file
 from llama.vocab.tokenizer_config import TokenizerConfig, read_tokenizer_config
-from llama.vocab.tokenizer_json import read_tokenizer_json
+from llama.vocab.tokenizer_json import leading_special_token, read_tokenizer_json
 from llama.vocab.vocabulary import Vocabulary
 
 __all__ = ["AddedToken", "BytePairTokenizer", "SentencePieceTokenizer", "Vocabulary", "open_vocabulary"]
@@ -38,7 +40,7 @@ def open_vocabulary(model_path: str | Path | GGUFFile) -> BytePairTokenizer | Se
     if head.startswith(b"GGUF"):
         return _open_gguf_vocabulary(GGUFFile(path))
     if head.lstrip().startswith(b"{"):
-        return BytePairTokenizer(read_tokenizer_json(path), path)
+        return _open_tokenizer_json(Metadata(path, read_json(path)))
     # Meta's own folders have no such files; what else stands there may be that of another download.
     is_meta = (path.parent / "params.json").exists()
     if is_tiktoken_file(head):
@@ -48,6 +50,15 @@ def open_vocabulary(model_path: str | Path | GGUFFile) -> BytePairTokenizer | Se
     is_mixed = is_meta and (path.parent / "config.json").exists()
     config = TokenizerConfig() if is_mixed else read_tokenizer_config(path.parent)
     return SentencePieceTokenizer(path.read_bytes(), path, config)
+
+
+def _open_tokenizer_json(file: Metadata) -> BytePairTokenizer | SentencePieceTokenizer:
+    if not is_sentencepiece_json(file):
+        return BytePairTokenizer(read_tokenizer_json(file), file.path)
+    config = read_tokenizer_config(file.path.parent)
+    if config.add_bos is None:
+        config = replace(config, add_bos=leading_special_token(file.values.get("post_processor"))[1])
+    return SentencePieceTokenizer(json_sentencepiece_proto(file), file.path, config)
 
 
 def _open_gguf_vocabulary(file: GGUFFile) -> BytePairTokenizer | SentencePieceTokenizer:

@@ -1,8 +1,10 @@
-"""Sentencepiece models as the serialized messages that sentencepiece loads: made from a GGUF file, or changed.
+"""Sentencepiece models as the serialized messages that sentencepiece loads: made from their pieces, or changed.
 
-A GGUF file of the kind "llama" holds a sentencepiece model's pieces, but not the model. The numbers of fields and types
-are those of sentencepiece_model.proto, in https://github.com/google/sentencepiece.
+A GGUF file of the kind "llama" holds a sentencepiece model's pieces, but not the model; so may a `tokenizer.json`. The
+numbers of fields and types are those of sentencepiece_model.proto, in https://github.com/google/sentencepiece.
 """
+
+from collections.abc import Mapping, Sequence
 
 from llama.errors import CheckpointError
 from llama.gguf_file import GGUFFile
@@ -22,6 +24,8 @@ OWN_IDS = range(3)  # sentencepiece's own special pieces come first
 
 # Appended to a serialized ModelProto it replaces what that says.
 NO_DUMMY_PREFIX = bytes_field(NORMALIZER_SPEC, int_field(ADD_DUMMY_PREFIX, False))
+
+UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 
 BPE = 2  # a value of TrainerSpec.model_type
 MAX_SCORE = 3.4e38
@@ -46,17 +50,44 @@ def gguf_sentencepiece_proto(file: GGUFFile) -> bytes:
         raise CheckpointError(f"{file.path}: bos {bos_id} or eos {eos_id} is not one of the {len(tokens)} tokens")
     bos_id, eos_id = bos_id if bos_id in OWN_IDS else BOS_ID, eos_id if eos_id in OWN_IDS else EOS_ID
 
+    return model_proto(
+        tokens,
+        scores,
+        types,
+        {UNK: unknown_id, BOS: bos_id, EOS: eos_id},
+        add_dummy_prefix=file.get("tokenizer.ggml.add_space_prefix", bool, True),
+        remove_extra_whitespaces=file.get("tokenizer.ggml.remove_extra_whitespaces", bool, False),
+    )
+
+
+def model_proto(
+    tokens: Sequence[str],
+    scores: Sequence[float],
+    types: Sequence[int],
+    ids: Mapping[str, int],
+    *,
+    add_dummy_prefix: bool = True,
+    remove_extra_whitespaces: bool = False,
+) -> bytes:
+    """A serialized ModelProto of byte-pair encoding.
+
+    Args:
+        tokens, scores, types: of each piece. Of two pairs of pieces the one with the higher score merges first.
+        ids: of the pieces `<unk>`, `<s>` and `</s>`, whatever they are called.
+        add_dummy_prefix: whether a space is put before a text.
+        remove_extra_whitespaces: whether only one of several spaces is kept.
+    """
     pieces = [
         bytes_field(PIECES, bytes_field(TEXT, token.encode()) + float_field(SCORE, score) + int_field(TYPE, kind))
         for token, score, kind in zip(tokens, scores, types, strict=True)
     ]
     trainer_spec = int_field(3, BPE) + int_field(4, len(tokens)) + int_field(35, BYTE in types)
-    for i, (id_field, piece_field) in ((unknown_id, (40, 45)), (bos_id, (41, 46)), (eos_id, (42, 47))):
-        trainer_spec += int_field(id_field, i) + bytes_field(piece_field, tokens[i].encode())
+    for name, (id_field, piece_field) in {UNK: (40, 45), BOS: (41, 46), EOS: (42, 47)}.items():
+        trainer_spec += int_field(id_field, ids[name]) + bytes_field(piece_field, tokens[ids[name]].encode())
     normalizer_spec = (
         bytes_field(NORMALIZER_NAME, b"identity")
-        + int_field(ADD_DUMMY_PREFIX, file.get("tokenizer.ggml.add_space_prefix", bool, True))
-        + int_field(REMOVE_EXTRA_WHITESPACES, file.get("tokenizer.ggml.remove_extra_whitespaces", bool, False))
+        + int_field(ADD_DUMMY_PREFIX, add_dummy_prefix)
+        + int_field(REMOVE_EXTRA_WHITESPACES, remove_extra_whitespaces)
         + int_field(ESCAPE_WHITESPACES, True)
     )
     return b"".join([*pieces, bytes_field(TRAINER_SPEC, trainer_spec), bytes_field(NORMALIZER_SPEC, normalizer_spec)])

@@ -1,10 +1,10 @@
-"""Hugging Face's `tokenizer.json`, of the byte-level kind."""
+"""Hugging Face's `tokenizer.json` of the byte-level kind; the module `sentencepiece_json` reads the other kind."""
 
 from pathlib import Path
 from typing import Any
 
 from llama.errors import CheckpointError
-from llama.files import Metadata, read_json, write_json
+from llama.files import Metadata, write_json
 from llama.vocab.pre_tokenizer import read_pre_tokenizer, write_pre_tokenizer
 from llama.vocab.tokenizer_config import (
     EOS_FILES,
@@ -16,13 +16,13 @@ from llama.vocab.tokenizer_config import (
 from llama.vocab.vocabulary import END_TOKENS, Vocabulary, byte_level_ranks, gpt2_characters
 
 
-def read_tokenizer_json(path: Path) -> Vocabulary:
+def read_tokenizer_json(file: Metadata) -> Vocabulary:
     """The vocabulary in a `tokenizer.json`, completed by `tokenizer_config.json` and the other files beside it.
 
     Raises:
         CheckpointError: a damaged file, or a kind of tokenizer that isn't byte-level; the message says which.
     """
-    file = Metadata(path, read_json(path))
+    path = file.path
     model = Metadata(path, file.get("model", dict))
     _check_supported(file, model)
     tokens = _read_vocabulary(model)
@@ -32,7 +32,7 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
     ranks = _read_ranks(model, tokens, {token.content for token in (*own_tokens, *added_tokens)})
 
     id_of = {token.content: token.id for token in added_tokens}
-    template_bos, template_adds_bos = _leading_special_token(file.values.get("post_processor"))
+    template_bos, template_adds_bos = leading_special_token(file.values.get("post_processor"))
     names = config.template_tokens()
     bos_id = id_of.get(names.get("bos_token") or template_bos or "")
     stop_tokens = config.eos_ids | {id_of[name] for name in END_TOKENS if name in id_of}
@@ -62,10 +62,10 @@ def _check_supported(file: Metadata, model: Metadata) -> None:
     """Raise CheckpointError if the tokenizer isn't byte-level byte-pair encoding, or does more than that."""
     path = file.path
     kind = model.get("type", str, "BPE")
-    if kind != "BPE" or model.get("byte_fallback", bool, False):
+    if kind != "BPE":
         raise CheckpointError(
-            f"{path} holds a sentencepiece tokenizer ({kind}), and only byte-level ones are read from JSON; put the "
-            f"model's own tokenizer.model beside it, or pass that as tokenizer_path"
+            f"{path} holds a tokenizer of kind {kind!r}, and only 'BPE' is read from JSON; put the model's own "
+            f"tokenizer.model beside it, or pass that as tokenizer_path"
         )
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.values.get(key):
@@ -103,7 +103,7 @@ def _read_ranks(model: Metadata, tokens: dict[str, int], added: set[str]) -> dic
     return ranks
 
 
-def _leading_special_token(post_processor: Any) -> tuple[str | None, bool]:
+def leading_special_token(post_processor: Any) -> tuple[str | None, bool]:
     """The special token that a post-processor puts before a text, and whether it does so."""
     steps = post_processor.get("processors") if isinstance(post_processor, dict) else None
     for step in steps if isinstance(steps, list) else [post_processor]:
