@@ -372,9 +372,7 @@ def test_a_folder_like_llama_2_chat(tmp_path):
     assert llama.tokenizer.bos_id == 1
     assert llama.chat_completion([[{"role": "user", "content": "the house"}]], max_gen_len=3)
     (tmp_path / "tokenizer.model").unlink()
-    with pytest.raises(
-        ValueError, match=r"tokenizer\.json: its normalizer or pre_tokenizer does more .*tokenizer_path"
-    ):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: its normalizer or pre_tokenizer does .*tokenizer_path"):
         Llama.build(tmp_path, None, 64, 2)
 
 

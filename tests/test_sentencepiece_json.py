@@ -134,25 +134,32 @@ def rename_bytes(values):
 REFUSED = {
     "no merges": (
         set_model(merges=[]),
-        r"no merge is listed for .* which is not supported; put the model's own tokenizer\.model beside it",
+        r"no merge is listed for .*; put the model's own tokenizer\.model",
     ),
     "merges in another order": (swap_merges, "is out of order"),
     "a merge of three": (lambda values: values["model"]["merges"].append("t h e"), "is not a pair of tokens"),
     "a merge of nothing": (lambda values: values["model"]["merges"].append(None), "is not a pair of tokens"),
     "a merge to no token": (lambda values: values["model"]["merges"].append(["z", "z"]), "is not a pair|out of order"),
-    "no bytes": (lambda values: values["model"]["vocab"].pop("<0x00>"), "are not 0, 1, 2 and so on"),
+    "no bytes": (lambda values: values["model"]["vocab"].pop("<0x00>"), "are not texts with the ids 0, 1, 2"),
     "other bytes": (
         lambda values: values["model"].update(
             vocab={k.replace("0x0", "0y0"): v for k, v in values["model"]["vocab"].items()}
         ),
         r"has no tokens \['<0x00>'",
     ),
-    "ids that are no numbers": (lambda values: values["model"]["vocab"].update({"the": "x"}), "are not 0, 1, 2"),
+    "ids that are no numbers": (
+        lambda values: values["model"]["vocab"].update({"the": "x"}),
+        "are not texts with the ids 0, 1, 2",
+    ),
     "whole words first": (set_model(ignore_merges=True), "ignore_merges is True, which is not supported"),
+    "half a character": (
+        lambda values: values["model"]["vocab"].update({"\ud800": len(values["model"]["vocab"])}),
+        "are not texts with the ids 0, 1, 2",
+    ),
     "dropout": (set_model(dropout=0.1), r"dropout is 0\.1"),
-    "lower case": (lambda values: values.update(normalizer={"type": "Lowercase"}), "does more than to replace spaces"),
-    "splits": (lambda values: values["pre_tokenizer"].update(split=True), "does more than to replace spaces"),
-    "spaces that stay": (lambda values: values.update(pre_tokenizer=None), "does more than to replace spaces"),
+    "lower case": (lambda values: values.update(normalizer={"type": "Lowercase"}), "does more than replace spaces"),
+    "splits": (lambda values: values["pre_tokenizer"].update(split=True), "does more than replace spaces"),
+    "spaces that stay": (lambda values: values.update(pre_tokenizer=None), "does more than replace spaces"),
 }
 
 

@@ -6,6 +6,7 @@ from llama.errors import CheckpointError
 from llama.files import Metadata
 from llama.vocab.sentencepiece_proto import BOS, BYTE, CONTROL, EOS, NORMAL, UNK, UNKNOWN, USER_DEFINED, model_proto
 from llama.vocab.tokenizer_config import read_added_tokens
+from llama.vocab.vocabulary import without_surrogates
 
 SPACE = "▁"  # by which sentencepiece replaces a space
 ADVICE = "put the model's own tokenizer.model beside it, or pass that as tokenizer_path"
@@ -34,12 +35,13 @@ def json_sentencepiece_proto(file: Metadata) -> bytes:
             raise CheckpointError(f"{path}: {key} is {model.values[key]!r:.80}, which is not supported; {ADVICE}")
     if not _only_replaces_spaces(file.values.get("normalizer"), file.values.get("pre_tokenizer")):
         raise CheckpointError(
-            f"{path}: its normalizer or pre_tokenizer does more than to replace spaces, which is not supported; {ADVICE}"
+            f"{path}: its normalizer or pre_tokenizer does more than replace spaces, which is not supported; {ADVICE}"
         )
     vocabulary = model.get("vocab", dict)
     by_id = {i: token for token, i in vocabulary.items() if type(i) is int}
-    if by_id.keys() != set(range(len(vocabulary))) or "" in vocabulary:
-        raise CheckpointError(f"{path}: the ids of its {len(vocabulary)} tokens are not 0, 1, 2 and so on, each once")
+    valid = all(token and token == without_surrogates(token) for token in vocabulary)
+    if not valid or by_id.keys() != set(range(len(vocabulary))):
+        raise CheckpointError(f"{path}: its {len(vocabulary)} tokens are not texts with the ids 0, 1, 2 and so on")
     tokens = [by_id[i] for i in range(len(by_id))]
     missing = ({UNK, BOS, EOS} | BYTES) - vocabulary.keys()
     if missing:
@@ -85,7 +87,7 @@ def _read_scores(model: Metadata, tokens: set[str]) -> dict[str, float]:
         if not possible <= listed:
             missing = sorted(possible - listed)
             raise CheckpointError(
-                f"{model.path}: no merge is listed for {missing[:4]}, though that makes a token, which is not supported; "
+                f"{model.path}: no merge is listed for {missing[:4]}, which make a token, and that is not supported; "
                 f"{ADVICE}"
             )
     return scores
