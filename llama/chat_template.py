@@ -63,8 +63,7 @@ class ChatTemplate:
         tokenizer: its `chat_template` is the template.
 
     Attributes:
-        control_tokens: what no message can spell: every special token, and each other added token that the template
-            writes around messages.
+        control_tokens: what no message can spell; see the function of this name.
         end_of_turn: the token that the template writes after an answer, or None.
 
     Raises:
@@ -73,28 +72,27 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: TemplateTokenizer) -> None:
-        if not isinstance(tokenizer.chat_template, str) or not hasattr(tokenizer, "engine"):
+        if not hasattr(tokenizer, "engine"):
             raise InputError(
                 f"{type(tokenizer).__name__} has a chat_template, but is no llama.Tokenizer: pass a formatter to "
                 f"Llama(model, tokenizer, formatter=…)"
             )
+        if not isinstance(tokenizer.chat_template, str):
+            raise InputError(f"chat_template is {tokenizer.chat_template!r:.80}, not a text")
         self.tokenizer, self.engine = tokenizer, tokenizer.engine
         self.source = tokenizer.chat_template
         self.origin = self.engine.chat_template_source or "the program"
+        self._reserved = self.source + "".join(token.content for token in self.engine.added_tokens)
         self._render([])  # raises if it isn't valid Jinja
         written = "".join(self._around_an_answer(ENDING_WITH_A_QUESTION))
-        added_tokens = self.engine.added_tokens
-        ids = {part for part in self.engine.split(written, "all") if isinstance(part, int)}
-        self.control_tokens = frozenset(
-            token.content for token in added_tokens if token.special or (token.id in ids and token.content.strip())
-        )
+        self.control_tokens = control_tokens(self.engine, self.source, written)
         afters = self._around_an_answer(ENDING_WITH_AN_ANSWER)[1::2]
-        end = next(filter(None, (leading_token(after, added_tokens) for after in afters)), None)
-        self.end_of_turn = None if end is None else end.id
+        ends = filter(None, (leading_token(after, self.engine.added_tokens) for after in afters))
+        self.end_of_turn = next((token.id for token in ends), None)
 
     def _around_an_answer(self, probes: Iterable[tuple[tuple[str, str], ...]]) -> list[str]:
         """What the template writes before an answer's content, and after it, for each probe that it doesn't refuse."""
-        marker = chr(PRIVATE_USE[0][0])
+        marker = HiddenTexts(self._reserved, []).next_character()
         texts = []
         for probe in probes:
             messages = [{"role": role, "content": content.format(marker)} for role, content in probe]
@@ -131,7 +129,7 @@ class ChatTemplate:
             InputError: the template refuses the dialog; the message has its words.
             CheckpointError: the template fails, or is hostile.
         """
-        hidden = HiddenTexts(self.source, dialog)
+        hidden = HiddenTexts(self._reserved, dialog)
         (text,) = self._render([(self._hide(dialog, hidden, True), True)])
         return self._encode([text], hidden)[0]
 
@@ -145,39 +143,27 @@ class ChatTemplate:
         Raises:
             InputError, CheckpointError: see `encode_prompt`; or the template doesn't write the last answer.
         """
-        hidden = HiddenTexts(self.source, dialog)
-        messages = self._hide(dialog, hidden, False)
+        hidden = HiddenTexts(self._reserved, dialog)
+        messages = self._hide(dialog, hidden, add_generation_prompt=False)
         marker = hidden.next_character()
-        numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        marked = [[*messages[:n], {**messages[n], "content": marker}, *messages[n + 1 :]] for n in numbers]
-        asked = [messages[:n] for n in numbers if n > 0]
-        text, *others = self._render(
-            [(messages, False), *((dialog, False) for dialog in marked), *((dialog, True) for dialog in asked)]
-        )
-        with_marker, prompts = others[: len(numbers)], others[len(numbers) :]
-        if numbers[:1] == [0]:  # nothing asks for a first message
-            prompts.insert(0, with_marker[0].partition(marker)[0])
+        (text,) = self._render([(messages, False)])
         learned: list[tuple[int, int]] = []  # where in the text each answer to be learned begins and ends
-        for number, prompt, marked_text in zip(numbers, prompts, with_marker, strict=True):
-            before, written_marker, after = marked_text.partition(marker)
-            content = text[len(before) : len(text) - len(after)]
-            # Otherwise the template writes other things beside the marker than beside the content.
-            is_at_marker = bool(written_marker) and before + content + after == text
-            if number < len(messages) - 1:
-                if not is_at_marker or not (before + content).startswith(prompt):
-                    continue
-            elif not written_marker:
-                raise InputError(f"{self.origin}: the chat template doesn't write the assistant's last message")
-            else:
-                whole = messages[number]["content"]
-                if content.strip() != whole.strip():  # the template has shortened it, and not just trimmed it
-                    content = whole
-                beginning = before + content
-                if not is_at_marker or not beginning.startswith(prompt):
-                    beginning = prompt + whole
-                learned = [(begin, end) for begin, end in learned if beginning[:end] == text[:end]]
-                text = beginning + after
-            learned.append((len(prompt), len(text) - len(after) + self._end_length(after)))
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, after = self._around_message(messages, number, marker)
+            # No prompt asks for the first message of a dialog.
+            (prompt,) = self._render([(messages[:number], True)]) if number else [before]
+            if number == len(messages) - 1:
+                whole_text = self._with_whole_answer(text, before, after, message["content"], prompt)
+                learned = [(begin, end) for begin, end in learned if whole_text[:end] == text[:end]]
+                text = whole_text
+            end = len(text) - len(after)
+            is_preceded_by_prompt = text.startswith(prompt) and len(prompt) <= end
+            is_where_marker_is = text.startswith(before) and text.endswith(after) and len(before) <= end
+            begins_later = not learned or len(prompt) >= learned[-1][1]
+            if number == len(messages) - 1 or (is_preceded_by_prompt and is_where_marker_is and begins_later):
+                learned.append((len(prompt), end + self._end_length(after)))
         cuts = [0, *itertools.chain(*learned), len(text)]
         encoded = self._encode([text[begin:end] for begin, end in itertools.pairwise(cuts)], hidden)
         segments = [Segment(tokens, i % 2 == 1) for i, tokens in enumerate(encoded)]
@@ -186,6 +172,31 @@ class ChatTemplate:
             if not self.tokenizer.stop_tokens.intersection(last[-1:]):
                 last.append(self.tokenizer.eos_id)  # the template writes nothing that ends an answer
         return segments
+
+    def _around_message(self, messages: Messages, number: int, marker: str) -> tuple[str, str]:
+        """What the template writes before and after the content of a message, for which the marker stands here."""
+        marked = [*messages[:number], {**messages[number], "content": marker}, *messages[number + 1 :]]
+        (text,) = self._render([(marked, False)])
+        before, written, after = text.partition(marker)
+        if not written and number == len(messages) - 1:
+            raise InputError(f"{self.origin}: the chat template doesn't write the assistant's last message")
+        return before, after
+
+    def _with_whole_answer(self, text: str, before: str, after: str, content: str, prompt: str) -> str:
+        """The text of a dialog, with the whole content of its last answer, right after the prompt for that.
+
+        Args:
+            text: the text as the template writes it; it may shorten the answer.
+            before, after: what it writes around that, if the marker stands for its content.
+            content: the content.
+            prompt: what asks for the answer; it may already begin it, such as with `<think>`.
+        """
+        written = text[len(before) : len(text) - len(after)]
+        if before + written + after != text:  # the template writes something else around this content
+            return prompt + content + after
+        if written.strip() == content.strip():  # it has trimmed it, as it does with all
+            content = written
+        return (before + content if (before + content).startswith(prompt) else prompt + content) + after
 
     def _end_length(self, after: str) -> int:
         """How much of what follows an answer ends it: up to a stop token, if that comes first, white space aside."""
@@ -200,30 +211,34 @@ class ChatTemplate:
         """The messages of a dialog, with private-use characters in place of control tokens.
 
         A template may still make control tokens of what is left of a message, for instance by removing a part of it.
-        Then it writes more of them than it does when each character that begins one is hidden, and all of these are.
+        Then other control tokens come out than if more of the messages is hidden, and so it is.
+
+        Args:
+            dialog: the dialog.
+            hidden: remembers what the characters stand for.
+            add_generation_prompt: how the template is rendered to find that out.
         """
-        messages: Messages = [
-            {
-                "role": message["role"],
-                "content": hidden.hide(without_surrogates(message["content"]), self.control_tokens),
-            }
-            for message in dialog
-        ]
-        first_characters = {token[0] for token in self.control_tokens}
-        if not any(first_characters.intersection(message["content"]) for message in dialog):
+        contents = [without_surrogates(message["content"]) for message in dialog]
+        contents = [hidden.hide(content, self.control_tokens) for content in contents]
+        strictly = [hidden.hide_strictly(content, self.control_tokens) for content in contents]
+        roles = [message["role"] for message in dialog]
+        messages, stricter = (
+            [{"role": role, "content": content} for role, content in zip(roles, texts, strict=True)]
+            for texts in (contents, strictly)
+        )
+        if contents == strictly:
             return messages
-        stricter: Messages = [
-            {**message, "content": hidden.hide_characters(message["content"], first_characters)} for message in messages
-        ]
         texts = self._render([(messages, add_generation_prompt), (stricter, add_generation_prompt)])
-        parts = (self.engine.split(text, self.control_tokens) for text in texts)
-        n_tokens, n_without = (sum(isinstance(part, int) for part in text_parts) for text_parts in parts)
-        return messages if n_tokens == n_without else stricter
+        ids, safe_ids = (
+            [part for part in self.engine.split(text, self.control_tokens) if isinstance(part, int)] for text in texts
+        )
+        return messages if ids == safe_ids else stricter
 
     def _encode(self, texts: list[str], hidden: "HiddenTexts") -> list[list[int]]:
         """The tokens of each of the successive parts of a rendered text."""
         encoded: list[list[int]] = []
-        context: list[int] = []  # the token that the text so far ends with, if it doesn't end with ordinary text
+        # The token that the text so far ends with, if it ends with one: sentencepiece may put a space after it.
+        context: list[int] = []
         continued = False
         for text in texts:
             parts = [hidden.restore(part) if isinstance(part, str) else part for part in self.engine.split(text, "all")]
@@ -248,6 +263,28 @@ def end_of_turn(tokenizer: TemplateTokenizer) -> set[int]:
     return set() if end is None else {end}
 
 
+def control_tokens(engine: TemplateEngine, source: str, written: str) -> frozenset[str]:
+    """The tokens that no message can spell: all special ones, and others that the template writes by itself.
+
+    Not those that the template searches messages for, such as the end of thoughts, which begin no turn.
+
+    Args:
+        engine: has the added tokens.
+        source: the template.
+        written: what it writes around messages.
+    """
+    ids = {part for part in engine.split(written, "all") if isinstance(part, int)}
+    names = set()
+    for token in engine.added_tokens:
+        name = token.content
+        is_written = token.id in ids or name in source
+        quoted = r"[\'\"][^\'\"]*{}[^\'\"]*[\'\"]".format(re.escape(name).replace("<", "</?", 1))
+        is_searched_for = re.search(rf"\.\w+\(\s*{quoted}|{quoted}\s+(not\s+)?in\b", source) is not None
+        if name.strip() and (token.special or (is_written and not is_searched_for)):
+            names.add(name)
+    return frozenset(names)
+
+
 def leading_token(text: str, added_tokens: Iterable[AddedToken]) -> AddedToken | None:
     """The added token that a text begins with, white space aside, or None."""
     start = text.lstrip()
@@ -259,11 +296,12 @@ class HiddenTexts:
     """Texts that are replaced by private-use characters, each different text by one of its own, and put back later.
 
     Args:
-        source: the chat template, and `dialog`: characters that occur in one of them are not used.
+        reserved: characters that are not used, besides those in the dialog.
+        dialog: the dialog.
     """
 
-    def __init__(self, source: str, dialog: Dialog) -> None:
-        self._used = "".join([source, *(message["content"] for message in dialog)])
+    def __init__(self, reserved: str, dialog: Dialog) -> None:
+        self._used = "".join([reserved, *(message["content"] for message in dialog)])
         used = set(self._used)
         self._free = (c for c in map(chr, itertools.chain(*PRIVATE_USE)) if c not in used)
         self._characters: dict[str, str] = {"": ""}
@@ -293,9 +331,12 @@ class HiddenTexts:
         content = self._character(head) + middle + self._character(tail)
         return text[:start] + content + text[start + content_length :]
 
-    def hide_characters(self, text: str, characters: Iterable[str]) -> str:
-        """Replace these characters."""
-        return text.translate({ord(character): self._character(character) for character in characters})
+    def hide_strictly(self, text: str, control_tokens: frozenset[str]) -> str:
+        """Replace every character that a control token begins with, and a whole message that stands within one."""
+        if text.strip() and any(text.strip() in name for name in control_tokens):
+            return self._character(text)
+        first_characters = {name[0] for name in control_tokens}
+        return text.translate({ord(character): self._character(character) for character in first_characters})
 
     def _character(self, text: str) -> str:
         """The character that stands for a text; nothing stands for none."""

@@ -7,15 +7,18 @@ import subprocess
 import sys
 import threading
 import weakref
+from pathlib import Path
 from typing import IO, Any, cast
 
 from llama.errors import CheckpointError, InputError
 
 MAX_START_SECONDS = 60.0  # for starting a process, which may have to read Python from a slow disk
-MAX_SECONDS = 2.0  # for an answer, and one second more for a million characters; ordinary ones take a millisecond
+MAX_SECONDS = 2.0  # for an answer; an ordinary template takes a millisecond
+CHARACTERS_PER_SECOND = 1e6  # for each that many of the dialog, an answer may take a second more
 MAX_SOURCE = 200_000  # characters of a template
 
-# With the paths of this process and no others: not the working directory's, nor those of environment variables.
+# Modules come from where this process has them from, and never from the working directory.
+PATHS = [str(Path(__file__).parent.parent), *(os.path.abspath(path) for path in sys.path if path)]
 PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from llama.template_sandbox import main; main()"
 
 
@@ -34,17 +37,21 @@ def render(source: str, origin: str, renderings: list[dict[str, Any]]) -> list[s
     Raises:
         InputError: the template refuses a dialog; the message has its words.
         CheckpointError: it isn't valid Jinja, fails, or is hostile.
+        OSError: no process can be started.
     """
     if len(source) > MAX_SOURCE:
         raise CheckpointError(f"{origin}: the chat template has {len(source)} characters, more than {MAX_SOURCE}")
-    answer = template_process(source, os.getpid()).answer(renderings)
-    if isinstance(answer, list):
-        return answer
-    if answer["kind"] == "refused":
-        raise InputError(f"the model's chat template refuses the dialog: {answer['text']}")
-    if answer["kind"] == "hostile":
-        raise HostileTemplateError(f"{origin}: the chat template is stopped: {answer['text']}")
-    raise CheckpointError(f"{origin}: the chat template fails: {answer['text']}")
+    texts = []
+    for answer in template_process(source, os.getpid()).answers(renderings):
+        if isinstance(answer, str):
+            texts.append(answer)
+        elif answer["kind"] == "refused":
+            raise InputError(f"the model's chat template refuses the dialog: {answer['text']}")
+        elif answer["kind"] == "hostile":
+            raise HostileTemplateError(f"{origin}: the chat template is stopped: {answer['text']}")
+        else:
+            raise CheckpointError(f"{origin}: the chat template fails: {answer['text']}")
+    return texts
 
 
 @functools.lru_cache(maxsize=8)
@@ -65,63 +72,95 @@ class TemplateProcess:
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
-    def answer(self, renderings: list[dict[str, Any]]) -> Any:
-        """The texts that the template writes, or an object that says what went wrong, by `kind` and `text`."""
+    def answers(self, renderings: list[dict[str, Any]]) -> list[Any]:
+        """The texts that the template writes. The last may be an object that says what went wrong: its kind and a text.
+
+        Without renderings there is such an object, if something is wrong with the template itself.
+        """
+        answers: list[Any] = []
         with self._lock:
+            if not renderings:
+                answer = self._answer(None)
+                return [answer] if isinstance(answer, dict) else []
+            for variables in renderings:
+                answers.append(self._answer(variables))
+                if isinstance(answers[-1], dict):
+                    break
+        return answers
+
+    def _answer(self, variables: dict[str, Any] | None) -> Any:
+        """The answer to one rendering, or the one to the template itself."""
+        for _ in range(2):  # again, if the process has ended for no reason that is known
             if self._process is None or self._process.poll() is not None:
-                self._process = start_process()
-                answer = ask(self._process, self._source)
+                process = start_process()
+                weakref.finalize(self, end_process, process, os.getpid())
+                answer = ask(process, self._source)
                 if answer != "ready":
-                    end_process(self._process, os.getpid())
+                    end_process(process, os.getpid())
                     return answer
-                weakref.finalize(self, end_process, self._process, os.getpid())
-            return ask(self._process, renderings)
+                self._process = process
+            answer = "ready" if variables is None else ask(self._process, variables)
+            if answer != ENDED:
+                break
+        return answer
+
+
+# What a process has to say that has ended by itself, be it killed or out of memory.
+ENDED = {"kind": "hostile", "text": "its process has ended"}
 
 
 def start_process() -> subprocess.Popen[str]:
-    """A new process that has said that it is started."""
+    """A new process that has said that it is started; OSError if it isn't."""
+    if not sys.executable:
+        raise OSError("chat templates are rendered in a process of their own, and Python doesn't know its own program")
     process = subprocess.Popen(
-        [sys.executable, "-I", "-c", PROGRAM, *sys.path],
+        [sys.executable, "-I", "-c", PROGRAM, *PATHS],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        text=True,
+        encoding="utf-8",
         start_new_session=True,  # so that Ctrl-C at a terminal doesn't reach it
     )
-    if read_line(process, MAX_START_SECONDS) != "started":
-        end_process(process, os.getpid())
+    if exchange(process, "", MAX_START_SECONDS) != "started":
         raise OSError(f"the process for chat templates did not start with {sys.executable}")
     return process
 
 
 def ask(process: subprocess.Popen[str], request: Any) -> Any:
-    """What a process answers; where it doesn't, it is ended, and the answer says so."""
-    answer = None
+    """What a process answers."""
     line = json.dumps(request) + "\n"
-    seconds = MAX_SECONDS + len(line) / 1e6
-    try:
-        pipe = cast(IO[str], process.stdin)
-        pipe.write(line)
-        pipe.flush()
-        answer = read_line(process, seconds)
-    except BrokenPipeError:  # the process has ended
-        pass
-    finally:
-        if answer is None:  # also if Ctrl-C has interrupted this, and the answer is still to come
-            end_process(process, os.getpid())
-    if answer is None:
-        return {"kind": "hostile", "text": f"it takes over {seconds:.1f} seconds, or too much memory"}
-    return answer
+    return exchange(process, line, MAX_SECONDS + len(line) / CHARACTERS_PER_SECOND)
 
 
-def read_line(process: subprocess.Popen[str], seconds: float) -> Any:
-    """The value in the next line that a process writes; None, if it ends, or takes longer and is killed."""
-    timer = threading.Timer(seconds, process.kill)
+def exchange(process: subprocess.Popen[str], line: str, seconds: float) -> Any:
+    """Send a line to a process, and return the value in the one that it answers.
+
+    If that takes too long, or is interrupted, the process is ended, since an answer may still be to come.
+    """
+    stdin, stdout = cast(IO[str], process.stdin), cast(IO[str], process.stdout)
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(seconds, stop)
     timer.daemon = True
-    timer.start()
-    line = cast(IO[str], process.stdout).readline()
-    timer.cancel()
-    return json.loads(line) if line.endswith("\n") else None
+    answer: Any = None
+    try:
+        timer.start()
+        stdin.write(line)
+        stdin.flush()
+        answer = json.loads(stdout.readline())
+    except (OSError, ValueError):  # the process has ended, or its code is not ours
+        answer = None
+    finally:
+        timer.cancel()
+        if answer is None:
+            end_process(process, os.getpid())
+    if answer is None and late.is_set():
+        return {"kind": "hostile", "text": f"it takes over {seconds:.1f} seconds"}
+    return ENDED if answer is None else answer
 
 
 def end_process(process: subprocess.Popen[str], parent: int) -> None:

@@ -5,12 +5,13 @@ Python's own objects. What else it may do, such as loop for ever or fill the mem
 whose memory is limited, and which is killed if it takes too long.
 
 Standard input and output are lines of JSON. First comes "started". Then the template is read, and answered by "ready".
-Each further line is a list of the variables of renderings, and is answered by the list of what was rendered. An answer
-that is an object says what went wrong.
+Each further line has the variables of a rendering, and is answered by what was rendered. An answer that is an object
+says what went wrong.
 """
 
 import datetime
 import json
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 MAX_MEMORY = 2**30  # bytes of address space
+MAX_SECONDS = 300.0  # for an answer; the program that waits for it stops this process far sooner
 MAX_TEXT = 200_000  # characters of what is rendered, and some more for each message and each of its characters
 
 
@@ -33,15 +35,17 @@ def main() -> None:
     reply("started")
     template: jinja2.Template | None = None
     for line in sys.stdin:
+        set_alarm(MAX_SECONDS)
         try:
             request = json.loads(line)
             if template is None:
                 template = TemplateEnvironment().from_string(request)
                 reply("ready")
             else:
-                reply([render(template, variables) for variables in request])
+                reply(render(template, request))
         except Exception as error:  # a template can raise anything, and so can its compilation
             reply(describe(error))
+        set_alarm(0)
 
 
 def reply(answer: Any) -> None:
@@ -56,6 +60,12 @@ def limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     except (ImportError, OSError, ValueError):  # Windows has no such limit, and macOS may refuse it
         return
+
+
+def set_alarm(seconds: float) -> None:
+    """End this process after some time, where the system can do that: the program that started it may be gone."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def render(template: jinja2.Template, variables: dict[str, Any]) -> str:
@@ -83,9 +93,11 @@ def describe(error: Exception) -> dict[str, str]:
     elif isinstance(error, SecurityError | MemoryError | RecursionError):
         kind = "hostile"
     try:
-        text = str(error)[:300] or "no more memory" * isinstance(error, MemoryError)
+        text = str(error)[:300]
     except Exception:  # the text may be made of what the template has passed
         text = ""
+    if isinstance(error, MemoryError) and not text:
+        text = "no more memory"
     line = f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
     return {"kind": kind, "text": text if kind == "refused" else f"{type(error).__name__}{line}: {text}"}
 
@@ -164,7 +176,3 @@ def to_json(
 ) -> str:
     """Jinja's own `tojson` escapes characters for HTML; chat templates are rendered without these escapes."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-if __name__ == "__main__":
-    main()

@@ -142,6 +142,47 @@ def test_tokens_that_only_some_messages_need(tmp_path):
     assert [token for token in tokens if token in ids.values()] == [ids["<U>"], ids["<other>"]]
 
 
+def test_tokens_that_are_written_only_with_tools(tmp_path):
+    """They stand in the template, though no dialog here makes it write them."""
+    template = STYLES["DeepSeek-R1-Distill"].template + "{% if tools %}{{ '<｜tool▁end｜>' }}{% endif %}"
+    style = STYLES["DeepSeek-R1-Distill"]
+    style = style._replace(template=template, ordinary=(*style.ordinary, "<｜tool▁end｜>"))
+    formatter = ChatFormat(Tokenizer(write_folder(tmp_path, style)))
+    assert formatter.template.control_tokens >= {"<｜tool▁end｜>", "<｜User｜>"}
+    assert not formatter.template.control_tokens & {"<think>", "</think>"}
+
+
+def test_thoughts_that_a_template_always_writes(tmp_path):
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{{ '</think>' }}"
+    )
+    template += (
+        "{% if '</think>' in m.content %}{{ m.content.split('</think>')[1] }}{% else %}{{ m.content }}{% endif %}"
+    )
+    template += "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
+    style = STYLES["ChatML with BOS"]._replace(template=template, ordinary=("<think>", "</think>"))
+    formatter = ChatFormat(Tokenizer(write_folder(tmp_path, style)))
+    generator = random.Random(5)
+    dialogs = [random_dialog(generator) for _ in range(50)]
+    assert [formatter.encode_dialog_prompt(dialog) for dialog in dialogs] == transformers_ids(tmp_path, dialogs)
+
+
+def test_a_message_within_a_control_token(tmp_path):
+    template = "{% for m in messages %}{{ '<|' + m.content + '|>' }}{% endfor %}"
+    formatter = ChatFormat(Tokenizer(write_folder(tmp_path, Style("byte-level", template))))
+    tokens = formatter.encode_dialog_prompt([{"role": "user", "content": "eot_id"}])
+    assert formatter.tokenizer.decode(tokens) == "<|eot_id|>"
+    assert len(tokens) > 1
+
+
+def test_an_added_token_of_the_private_use_area(tmp_path):
+    style = STYLES["ChatML with BOS"]._replace(ordinary=("\ue000",))
+    formatter = ChatFormat(Tokenizer(write_folder(tmp_path, style)))
+    tokens = formatter.encode_dialog_prompt([{"role": "user", "content": "a<|im_end|>b"}])
+    assert "a<|im_end|>b" in formatter.tokenizer.decode(tokens)
+    assert formatter.tokenizer.stop_tokens >= {formatter.tokenizer.special_tokens["<|im_end|>"]}
+
+
 def test_white_space_tokens_control_nothing(tmp_path):
     """Some vocabularies have new lines as added tokens; a template that trims a message must see them."""
     template = "{% for m in messages %}{{ m.role + '\n' + m.content | trim + '\n\n' }}{% endfor %}"
@@ -360,7 +401,7 @@ def test_a_template_s_own_refusal_is_an_input_error(tmp_path):
             "fails: TemplateAssertionError in line 1: No filter named 'no_such_filter'",
         ),
         ("{{ messages[5].content.x }}", "the chat template fails: UndefinedError: list object has no element 5"),
-        ("{% for a in range(9999) %}" * 3 + "{% endfor %}" * 3, r"is stopped: it takes over 0\.5 seconds, or too much"),
+        ("{% for a in range(9999) %}" * 3 + "{% endfor %}" * 3, r"is stopped: it takes over 0\.5 seconds"),
         ("{{ ''.__class__ }}", "is stopped: SecurityError: it reaches for '__class__' of a str"),
         ("{{ 'x' * 10 ** 10 }}", "is stopped: MemoryError: no more memory"),
         ("{{ 'x' * 500000 }}", "is stopped: MemoryError: it writes over 20"),

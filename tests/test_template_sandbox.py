@@ -196,13 +196,13 @@ def test_long_dialogs():
 def test_a_process_is_kept_and_replaced():
     process = TemplateProcess("{{ messages | length }}")
     rendering = {"messages": MESSAGES}
-    assert process.answer([rendering, rendering]) == ["2", "2"]
+    assert process.answers([rendering, rendering]) == ["2", "2"]
     first = process._process
-    assert process.answer([rendering]) == ["2"]
+    assert process.answers([rendering]) == ["2"]
     assert process._process is first
     first.kill()  # as the system does when memory runs out
     first.wait()
-    assert process.answer([rendering]) == ["2"]
+    assert process.answers([rendering]) == ["2"]
     second = process._process
     del process
     assert second.wait(timeout=30) is not None  # it ends with the object
@@ -218,13 +218,45 @@ def test_a_template_that_was_stopped_is_tried_again(monkeypatch):
     assert render(source) == "done"
 
 
+def test_modules_of_the_working_directory_are_not_imported(tmp_path):
+    (tmp_path / "jinja2.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "json.py").write_text("raise SystemExit('imported')")
+    code = f"""if True:
+        import json, os, sys
+        sys.path.insert(0, "")
+        from llama import template_process
+        os.chdir({str(tmp_path)!r})
+        assert template_process.render("x", "", [dict(messages=[])]) == ["x"]"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_interrupted_start_is_made_good(monkeypatch):
+    process = TemplateProcess("{{ messages | length }}")
+    rendering = {"messages": MESSAGES}
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(template_process, "ask", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            process.answers([rendering])
+    assert process.answers([rendering]) == ["2"]
+
+
+def test_without_a_program_to_start(monkeypatch):
+    monkeypatch.setattr(sys, "executable", None)
+    with pytest.raises(OSError, match="Python doesn't know its own program"):
+        TemplateProcess("x").answers([{"messages": []}])
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_fork_has_processes_of_its_own():
     """And leaves those of its parent alone when it ends."""
     code = """if True:
         import os, sys
         from llama import template_process
-        render = lambda: template_process.render("{{ messages[0] }}", "", [{"messages": [os.getpid()]}])
         variables = lambda: [{"messages": [{"content": str(os.getpid())}]}]
         render = lambda: template_process.render("{{ messages[0].content }}", "", variables())
         assert render() == [str(os.getpid())]

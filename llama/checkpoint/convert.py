@@ -53,6 +53,13 @@ def convert(
     tensors = read_parameters(checkpoint, args)
     if adapter is not None:
         tensors = LoRAAdapter(adapter, args).merge(tensors)
+        own = [name for name in ("tokenizer.json", "tokenizer.model") if (Path(adapter) / name).exists()]
+        if own and tokenizer_path is None:
+            logger.warning(
+                "the base model's tokenizer is written, with its chat template; for the adapter's own, give "
+                "tokenizer_path=%s",
+                Path(adapter) / own[0],
+            )
     write_checkpoint(to, layout, args, tensors, requested_dtype or checkpoint.dtype(), shards, tokenizer)
     logger.info("wrote %s", to)
 

@@ -1,5 +1,6 @@
 """Building the model that a command works with."""
 
+import logging
 import secrets
 
 from llama.chat_format import named_format
@@ -7,6 +8,8 @@ from llama.checkpoint import open_checkpoint
 from llama.default_model import default_checkpoint
 from llama.device import dtype_named
 from llama.generation import Llama
+
+logger = logging.getLogger("llama")
 
 DEFAULT_MAX_SEQ_LEN = 4096  # tokens
 
@@ -36,6 +39,8 @@ def build_llama(
     torch_dtype = dtype_named(dtype)
     format_class = None if chat_format is None else named_format(chat_format)
     checkpoint = open_checkpoint(default_checkpoint() if ckpt_dir is None else ckpt_dir)
+    if format_class is not None:
+        format_class(checkpoint.tokenizer(tokenizer_path))  # raises now, not after minutes of loading
     if max_seq_len is None:
         model_maximum = checkpoint.settings.params.get("max_position_embeddings")
         max_seq_len = min(DEFAULT_MAX_SEQ_LEN, model_maximum or DEFAULT_MAX_SEQ_LEN)
@@ -49,4 +54,5 @@ def build_llama(
     )
     if format_class is not None:
         llama.formatter = format_class(llama.tokenizer)
+        logger.info("chat format: %s", format_class.description)
     return llama

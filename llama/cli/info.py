@@ -17,6 +17,7 @@ from llama.sampling_params import check_number
 from llama.tokenizer import Tokenizer
 
 LLAMA3_VOCAB_SIZE = 128256
+DEFAULT_MAX_SEQ_LEN = 2048  # tokens
 
 
 def info(
@@ -24,7 +25,7 @@ def info(
     *,
     tokenizer_path: str | None = None,
     nproc: int = 1,
-    max_seq_len: int = 2048,
+    max_seq_len: int | None = None,
     max_batch_size: int = 1,
     dtype: str | None = None,
 ) -> None:
@@ -37,14 +38,15 @@ def info(
             is downloaded once
         tokenizer_path: the tokenizer file; by default the one that comes with the checkpoint
         nproc: number of processes that share the model
-        max_seq_len: size of the KV cache in tokens of each row, prompt and answer together
+        max_seq_len: size of the KV cache in tokens of each row, prompt and answer together; by default 2048, or the
+            model's own maximum if that is smaller
         max_batch_size: size of the KV cache in rows
         dtype: float32, float16 or bfloat16, of weights and KV cache; by default this machine's default
     """
     path = require_path(default_checkpoint() if ckpt_dir is None else ckpt_dir, "ckpt_dir")
     if path.name in ("params.json", "config.json"):
         path = path.parent
-    for name, count in (("nproc", nproc), ("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
+    for name, count in (("nproc", nproc), ("max_seq_len", max_seq_len or 1), ("max_batch_size", max_batch_size)):
         check_number(name, count, 1, integer=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch_dtype = dtype_named(dtype) or default_dtype(device)
@@ -52,13 +54,18 @@ def info(
     has_settings_file = any((path / name).is_file() for name in ("params.json", "config.json"))
     checkpoint = None if has_settings_file else open_checkpoint(path)
     settings = read_settings(path) if checkpoint is None else checkpoint.settings
+    if max_seq_len is None:
+        max_seq_len = min(DEFAULT_MAX_SEQ_LEN, settings.params.get("max_position_embeddings") or DEFAULT_MAX_SEQ_LEN)
     vocab_size = settings.params.get("vocab_size", -1)
     args = settings.model_args(LLAMA2_VOCAB_SIZE if vocab_size == -1 else vocab_size, max_seq_len, max_batch_size)
     args.check(nproc)
-    tokenizer = find_tokenizer(path, checkpoint, tokenizer_path)
+    try:
+        described_tokenizer = describe_tokenizer(find_tokenizer(path, checkpoint, tokenizer_path))
+    except CheckpointError as error:  # the rest may still be of use
+        described_tokenizer = {"tokenizer": f"unusable: {error}"}
     weights, cache = weight_bytes(args, torch_dtype, nproc), cache_bytes(args, torch_dtype, nproc)
     lines = {"checkpoint": str(path), "layout": describe_layout(path)} | describe_model(args, settings.advised_seq_len)
-    lines |= {"parameters": f"{parameter_count(args):,}"} | describe_tokenizer(tokenizer)
+    lines |= {"parameters": f"{parameter_count(args):,}"} | described_tokenizer
     lines |= {
         "": "",
         "memory": f"{dtype_name(torch_dtype)}, max_seq_len={max_seq_len}, max_batch_size={max_batch_size}"
@@ -134,7 +141,12 @@ def describe_tokenizer(tokenizer: Tokenizer | None) -> dict[str, str]:
         chat_format = f"unusable: {error}"
     except InputError:
         chat_format = "none known"
-    return {"tokenizer": f"{kind}, {tokenizer.n_words:,} tokens", "chat format": chat_format}
+    stop_tokens = [f"{tokenizer.token_text(token)} ({token})" for token in sorted(tokenizer.stop_tokens)]
+    return {
+        "tokenizer": f"{kind}, {tokenizer.n_words:,} tokens",
+        "stop tokens": ", ".join(stop_tokens),
+        "chat format": chat_format,
+    }
 
 
 def format_bytes(count: int) -> str:

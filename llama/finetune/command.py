@@ -148,6 +148,8 @@ def finetune(
             f"more processes"
         ) from error
     folder.finish(model, tokenizer)
+    if chat_format is not None:  # which no file of a checkpoint can say
+        logger.warning("chat with this model by --chat_format %s, in which it was trained", chat_format)
 
 
 def find_chat_format(tokenizer: Tokenizer, name: str | None) -> ChatFormat:

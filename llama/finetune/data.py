@@ -63,7 +63,10 @@ def read_examples(
         InputError: some lines are invalid (the message lists them and says why), or there are no lines.
     """
     examples, problems = [], []
-    with require_path(path, "data").open("rb") as file:
+    data_path = require_path(path, "data")
+    if not data_path.is_file():
+        raise InputError(f"data={str(path)!r} is not an ordinary file")
+    with data_path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:

@@ -225,12 +225,16 @@ def _read_chat_template(folder: Path, config: Metadata) -> tuple[str | None, str
     path = folder / CHAT_TEMPLATE
     if path.exists():
         first_bytes(path)  # raises if the file is what a failed download leaves
-        return path.read_text(encoding="utf-8", errors="replace"), CHAT_TEMPLATE
+        return path.read_text(encoding="utf-8", errors="replace") or None, CHAT_TEMPLATE
     template = config.values.get("chat_template")
     if isinstance(template, list):
         by_name = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = by_name.get("default")
-    return (template, TOKENIZER_CONFIG) if isinstance(template, str) else (None, None)
+        if template is None:
+            logger.warning("%s: none of its chat templates %s is named 'default'", config.path, list(by_name)[:8])
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"{config.path}: chat_template is {template!r:.80}, not a text or a list of named ones")
+    return (template, TOKENIZER_CONFIG) if template else (None, None)
 
 
 def read_eos_ids(folder: Path) -> set[int]:
