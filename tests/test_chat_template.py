@@ -442,6 +442,18 @@ def test_a_chat_from_start_to_end(tmp_path):
     assert "".join(piece.text for piece in pieces) == prediction["generation"]["content"]
 
 
+def test_templates_that_are_no_text(tmp_path, caplog):
+    path = write_folder(tmp_path, STYLES["Zephyr"])
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for value in ([{"name": "rag", "template": "x"}], ""):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": value}))
+        assert Tokenizer(path).chat_template is None
+    assert "none of its chat templates ['rag'] is named 'default'" in caplog.text
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": 5}))
+    with pytest.raises(CheckpointError, match="chat_template is 5, not a text or a list of named ones"):
+        Tokenizer(path)
+
+
 def test_json_of_the_template_is_read_as_it_stands(tmp_path):
     """A template in tokenizer_config.json may hold any character."""
     path = write_folder(tmp_path, STYLES["DeepSeek-R1-Distill"])
