@@ -27,6 +27,8 @@ Messages = list[dict[str, str]]
 
 PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
+QUOTED = r"""['"]([^'"]*)['"]"""  # a text in a template
+
 # Dialogs that show what a template writes around messages; "{}" is where the marker of an answer stands. A template
 # that insists on another order of roles raises for some of them.
 ENDING_WITH_AN_ANSWER = ((("user", "1"), ("assistant", "{}")), (("system", "1"), ("user", "2"), ("assistant", "{}")))
@@ -252,13 +254,14 @@ class ChatTemplate:
 def end_of_turn(tokenizer: TemplateTokenizer) -> set[int]:
     """The token that a tokenizer's chat template writes after an answer, if there is a template, and it does so.
 
-    An invalid template is no error here, but where a dialog is encoded: texts can still be completed.
+    An invalid template, or a process that can't be started, is an error where a dialog is encoded, not here: texts can
+    still be completed.
     """
     if tokenizer.chat_template is None:
         return set()
     try:
         end = ChatTemplate(tokenizer).end_of_turn
-    except CheckpointError:
+    except (CheckpointError, OSError):
         return set()
     return set() if end is None else {end}
 
@@ -274,15 +277,18 @@ def control_tokens(engine: TemplateEngine, source: str, written: str) -> frozens
         written: what it writes around messages.
     """
     ids = {part for part in engine.split(written, "all") if isinstance(part, int)}
-    names = set()
-    for token in engine.added_tokens:
-        name = token.content
-        is_written = token.id in ids or name in source
-        quoted = r"[\'\"][^\'\"]*{}[^\'\"]*[\'\"]".format(re.escape(name).replace("<", "</?", 1))
-        is_searched_for = re.search(rf"\.\w+\(\s*{quoted}|{quoted}\s+(not\s+)?in\b", source) is not None
-        if name.strip() and (token.special or (is_written and not is_searched_for)):
-            names.add(name)
-    return frozenset(names)
+    calls, comparisons = re.findall(rf"\.\w+\(\s*{QUOTED}", source), re.findall(rf"{QUOTED}\s+(?:not\s+)?in\b", source)
+    searched_for = "\n".join(calls + comparisons)
+
+    def is_control_token(token: AddedToken) -> bool:
+        if token.special or not (token.id in ids or token.content in source):
+            return token.special
+        closing = token.content.replace("<", "</", 1)  # `<think>` is searched for where `</think>` is
+        return token.content not in searched_for and closing not in searched_for
+
+    return frozenset(
+        token.content for token in engine.added_tokens if token.content.strip() and is_control_token(token)
+    )
 
 
 def leading_token(text: str, added_tokens: Iterable[AddedToken]) -> AddedToken | None:
