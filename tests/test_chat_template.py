@@ -379,6 +379,16 @@ def test_the_end_of_a_turn_is_a_stop_token(template_tokenizers, style):
         assert ChatFormat(tokenizer).template.end_of_turn == end
 
 
+def test_an_end_of_a_turn_that_only_the_template_knows(tmp_path):
+    """No file lists it as an end of text. With its template invalid the tokenizer is still of use."""
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|done|>' }}{% endfor %}"
+    style = Style("byte-level", template, special=("<|done|>",))
+    tokenizer = Tokenizer(write_folder(tmp_path / "valid", style))
+    assert tokenizer.special_tokens["<|done|>"] in tokenizer.stop_tokens
+    tokenizer = Tokenizer(write_folder(tmp_path / "invalid", style._replace(template=template + "{%")))
+    assert tokenizer.special_tokens["<|done|>"] not in tokenizer.stop_tokens
+
+
 def test_a_template_s_own_refusal_is_an_input_error(tmp_path):
     formatter = ChatFormat(Tokenizer(write_folder(tmp_path, STYLES["Vicuna"])))
     with pytest.raises(InputError, match=r"refuses the dialog: Roles must alternate: user, assistant, user, \.\.\."):

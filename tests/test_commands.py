@@ -6,6 +6,7 @@ Most tests run a command in this process; those marked slow start one, to see wh
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 
@@ -60,6 +61,8 @@ def test_help_of_a_command(runner, name):
     assert not any("-h" in line.split("--")[0] for line in options)  # -h is --help
     assert "Optional" not in result.stdout
     assert "_=" not in result.stdout
+    abbreviations = re.findall(r"^    -(\w), --", result.stdout, re.MULTILINE)
+    assert len(set(abbreviations)) == len(abbreviations)  # an ambiguous one would be an error
 
 
 @pytest.mark.slow

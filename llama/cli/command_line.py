@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
@@ -186,7 +187,9 @@ def help_text(component: Command | Mapping[str, LazyCommand], name: str) -> str:
     text = re.sub(r"(?<=Type: )Optional\[(.*)\]", r"\1", text)
     text = text.replace("Type: Optional[str | pathlib...\n", "Type: str | Path\n")  # which fire has cut off
     text = text.replace(" | None\n", "\n").replace("pathlib.Path", "Path").replace("Type: Optional\n", "Type: str\n")
-    text = text.replace("    -h, --", "    --")  # fire's abbreviation of an option, but here -h is --help
+    for letter, count in Counter(re.findall(r"^    -(\w), --", text, re.MULTILINE)).items():
+        if letter == "h" or count > 1:  # fire abbreviates options, but here -h is --help, and others may be ambiguous
+            text = text.replace(f"    -{letter}, --", "    --")
     if isinstance(component, Mapping):
         text += f"\n\n{name} COMMAND --help describes a command; {name} --version prints the version. "
         text += "--debug adds a traceback to an error message."
