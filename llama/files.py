@@ -37,6 +37,19 @@ def require_path(path: str | Path, name: str) -> Path:
     raise MissingFileError(f"{name}={str(path)!r} does not exist; {parent} holds {listing(parent)}")
 
 
+def require_file(path: str | Path, name: str) -> Path:
+    """`path` as a Path to an existing ordinary file: see `require_path`. Opening a pipe would wait for its writer.
+
+    Raises:
+        InputError: see `require_path`; or a folder, a pipe or a device is there.
+        MissingFileError: see `require_path`.
+    """
+    result = require_path(path, name)
+    if not result.is_file():
+        raise InputError(f"{name}={str(path)!r} is not an ordinary file")
+    return result
+
+
 def as_path(path: str | Path, name: str) -> Path:
     """`path` as a Path, whether or not anything exists there, with `~` expanded.
 

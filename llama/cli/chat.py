@@ -18,7 +18,7 @@ from llama.cli.terminal import Keyboard, escape_control_characters, print_piece
 from llama.dialog import Dialog, Message, check_dialog
 from llama.distributed import is_first_rank, object_broadcaster
 from llama.errors import InputError
-from llama.files import first_bytes, require_path, writable_file, write_whole
+from llama.files import require_file, writable_file, write_whole
 from llama.generation import Llama
 from llama.sampling_params import SamplingParams
 
@@ -314,8 +314,7 @@ class Conversation:
         notify(f"(saved {len(self.dialog)} messages to {path})")
 
     def _load(self, name: str) -> None:
-        path = require_path(name, "the file to load").absolute()
-        first_bytes(path)  # raises InputError if it isn't an ordinary file
+        path = require_file(name, "the file to load").absolute()
         try:
             dialog = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:

@@ -46,11 +46,12 @@ def info(
     path = require_path(default_checkpoint() if ckpt_dir is None else ckpt_dir, "ckpt_dir")
     if path.name in ("params.json", "config.json"):
         path = path.parent
-    for name, count in (("nproc", nproc), ("max_seq_len", max_seq_len or 1), ("max_batch_size", max_batch_size)):
-        check_number(name, count, 1, integer=True)
+    for name, count in (("nproc", nproc), ("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
+        if count is not None:
+            check_number(name, count, 1, integer=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch_dtype = dtype_named(dtype) or default_dtype(device)
-    # A GGUF file is opened only once, since that takes seconds. Other layouts have their settings in a small file.
+    # A GGUF file is opened once. Other layouts have their settings in a small file, and their weights may be missing.
     has_settings_file = any((path / name).is_file() for name in ("params.json", "config.json"))
     checkpoint = None if has_settings_file else open_checkpoint(path)
     settings = read_settings(path) if checkpoint is None else checkpoint.settings
@@ -119,11 +120,11 @@ def find_tokenizer(path: Path, checkpoint: Checkpoint | None, tokenizer_path: st
         checkpoint: the checkpoint, if it is already open.
         tokenizer_path: the tokenizer file, if one was given.
     """
-    if tokenizer_path is not None:
-        return Tokenizer(tokenizer_path)
     try:
-        return (checkpoint or open_checkpoint(path)).tokenizer()
+        return (checkpoint or open_checkpoint(path)).tokenizer(tokenizer_path)
     except MissingFileError:  # of the tokenizer; or of the weights, and then there may still be a tokenizer
+        if tokenizer_path is not None:
+            return Tokenizer(tokenizer_path)
         files = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
         return Tokenizer(files[0]) if files else None
 
@@ -135,8 +136,9 @@ def describe_tokenizer(tokenizer: Tokenizer | None) -> dict[str, str]:
     kind = "sentencepiece" if tokenizer.vocabulary is None else "byte-level BPE"
     try:
         formatter = ChatFormat(tokenizer)
-        is_told_by_tokens = not isinstance(formatter, TemplateFormat)
-        chat_format = formatter.description + ", as its tokens tell: it comes with no template" * is_told_by_tokens
+        chat_format = formatter.description
+        if not isinstance(formatter, TemplateFormat):
+            chat_format += ", as its tokens tell: it comes with no template"
     except CheckpointError as error:
         chat_format = f"unusable: {error}"
     except InputError:

@@ -18,7 +18,7 @@ import torch
 
 from llama.chat_format import ChatFormat, Segment, encode_continued
 from llama.errors import InputError
-from llama.files import require_path
+from llama.files import require_file
 from llama.tokenizer import Tokenizer
 
 MAX_REPORTED_LINES = 10  # of the invalid ones, in an error message
@@ -63,10 +63,7 @@ def read_examples(
         InputError: some lines are invalid (the message lists them and says why), or there are no lines.
     """
     examples, problems = [], []
-    data_path = require_path(path, "data")
-    if not data_path.is_file():
-        raise InputError(f"data={str(path)!r} is not an ordinary file")
-    with data_path.open("rb") as file:
+    with require_file(path, "data").open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:

@@ -1,7 +1,7 @@
 """Tokenizer files: a reader for each kind, and the two tokenizers that work with what was read.
 
-Byte-pair vocabularies of every kind of file become a `Vocabulary`, with which `BytePairTokenizer` works by tiktoken;
-Llama 2's `tokenizer.model` is read by sentencepiece itself, in `SentencePieceTokenizer`.
+Byte-level vocabularies of every kind of file become a `Vocabulary`, with which `BytePairTokenizer` works by tiktoken.
+Those of Llama 2's kind become a serialized sentencepiece model, with which `SentencePieceTokenizer` works.
 """
 
 from dataclasses import replace

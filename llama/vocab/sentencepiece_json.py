@@ -4,11 +4,21 @@ from typing import Any
 
 from llama.errors import CheckpointError
 from llama.files import Metadata
-from llama.vocab.sentencepiece_proto import BOS, BYTE, CONTROL, EOS, NORMAL, UNK, UNKNOWN, USER_DEFINED, model_proto
+from llama.vocab.sentencepiece_proto import (
+    BOS,
+    BYTE,
+    CONTROL,
+    EOS,
+    NORMAL,
+    SPACE,
+    UNK,
+    UNKNOWN,
+    USER_DEFINED,
+    model_proto,
+)
 from llama.vocab.tokenizer_config import read_added_tokens
 from llama.vocab.vocabulary import without_surrogates
 
-SPACE = "▁"  # by which sentencepiece replaces a space
 ADVICE = "put the model's own tokenizer.model beside it, or pass that as tokenizer_path"
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 
