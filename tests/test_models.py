@@ -194,7 +194,9 @@ def table() -> list[str]:
     for name, family in FAMILIES.items():
         meta = f"; in Meta's own folders {family.in_meta_layout}'s" if family.in_meta_layout else ""
         layouts = ", ".join(["Meta"] * bool(family.in_meta_layout) + ["safetensors", "`.bin`", "GGUF"])
-        rows.append(f"| {name} | {TOKENIZERS[family.style.kind]} | {layouts} | {family.chat_format}{meta} |")
+        cells = (name, TOKENIZERS[family.style.kind], layouts, family.chat_format + meta)
+        escaped = [cell.replace("|", r"\|") for cell in cells]  # in a table of Markdown
+        rows.append(f"| {' | '.join(escaped)} |")
     return rows
 
 
