@@ -62,9 +62,10 @@ def test_the_default_dtype(monkeypatch):
     for features, dtype in (({}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features, raising=False)
         assert default_dtype(cpu) == dtype
+        assert default_dtype(cpu, "int8") == default_dtype(cpu, "int4") == torch.bfloat16
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, supported=supported: supported)
-        assert default_dtype(cuda) == dtype
+        assert default_dtype(cuda) == default_dtype(cuda, "int4") == dtype
 
 
 def test_names_of_dtypes():
