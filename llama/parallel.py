@@ -25,6 +25,7 @@ from torch import nn
 
 from llama.cpu_matmul import linear
 from llama.distributed import model_parallel_rank, model_parallel_size
+from llama.quantized import Int8Weight, QuantizedWeight
 
 
 def local_kv_heads(n_kv_heads: int) -> int:
@@ -33,13 +34,18 @@ def local_kv_heads(n_kv_heads: int) -> int:
 
 
 class Linear(nn.Linear):
-    """`x @ weight.T`, without a bias."""
+    """`x @ weight.T`, without a bias. The weight may be quantized."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight)
+        return self.product(x, self.weight)
+
+    @staticmethod
+    def product(x: torch.Tensor, weight: torch.Tensor | QuantizedWeight) -> torch.Tensor:
+        """`x @ weight.T`"""
+        return weight(x) if isinstance(weight, QuantizedWeight) else linear(x, weight)
 
 
 class ColumnParallelLinear(Linear):
@@ -80,10 +86,10 @@ class KVHeadParallelLinear(Linear):
         if self.size == 1:
             return super().forward(x)
         weight = self.weight
-        if self.size > self.n_kv_heads:
+        if self.size > self.n_kv_heads and not isinstance(weight, QuantizedWeight):
             head = model_parallel_rank() * self.n_kv_heads // self.size
             weight = _SumGradientOfHead.apply(weight, head, self.n_kv_heads)  # type: ignore[no-untyped-call]
-        return linear(copy_to_model_parallel_region(x), weight)
+        return self.product(copy_to_model_parallel_region(x), weight)
 
 
 class _SumGradientOfHead(torch.autograd.Function):
@@ -130,8 +136,14 @@ class VocabParallelEmbedding(nn.Embedding):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         if self.size == 1:
-            return super().forward(tokens)
+            return self.vectors(tokens)
         local = tokens - self.first
         elsewhere = (local < 0) | (local >= self.num_embeddings)
-        vectors = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        vectors = self.vectors(local.masked_fill(elsewhere, 0))
         return reduce_from_model_parallel_region(vectors.masked_fill(elsewhere[..., None], 0.0))
+
+    def vectors(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The vectors of tokens of this process's share."""
+        if isinstance(self.weight, Int8Weight):
+            return self.weight.rows(tokens)
+        return F.embedding(tokens, self.weight)

@@ -11,13 +11,16 @@ from llama.checkpoint.gguf import GGUFCheckpoint, model_file_name
 from llama.checkpoint.hugging_face import HuggingFaceCheckpoint, read_config_json
 from llama.checkpoint.lora_adapter import ADAPTER_CONFIG, describe_adapter
 from llama.checkpoint.meta import MetaCheckpoint, read_params_json_without_weights
-from llama.checkpoint.parameters import parameter_shapes, share
+from llama.checkpoint.parameters import Share, parameter_shapes, quantization_of, share
 from llama.checkpoint.progress import progress
 from llama.distributed import model_parallel_rank, model_parallel_size
 from llama.errors import CheckpointError, InputError, MissingFileError
 from llama.files import listing, require_path
 from llama.model import Transformer
 from llama.model_args import ModelArgs
+from llama.quantized import Int4Weight, Int8Weight, QuantizedWeight, check_quantize, round_to_int4, round_to_int8
+
+ROWS_AT_ONCE = 512  # of a matrix that is quantized; a multiple of what a block of packed weights has
 
 
 def open_checkpoint(ckpt_dir: str | Path | Checkpoint) -> Checkpoint:
@@ -105,7 +108,14 @@ def check_tensors(checkpoint: Checkpoint, args: ModelArgs) -> None:
         )
 
 
-def load_model(checkpoint: Checkpoint, args: ModelArgs, *, device: torch.device, dtype: torch.dtype) -> Transformer:
+def load_model(
+    checkpoint: Checkpoint,
+    args: ModelArgs,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str | None = None,
+) -> Transformer:
     """The network with this process's share of the checkpoint's weights.
 
     Weights that already have the right dtype and device stay mapped from their file, without a copy.
@@ -114,16 +124,66 @@ def load_model(checkpoint: Checkpoint, args: ModelArgs, *, device: torch.device,
         checkpoint: one that `check_tensors` has accepted.
         args: the model's sizes.
         device, dtype: of the weights.
+        quantize: keep the matrices in fewer bits: "int8" or "int4", see `quantization_of`; `dtype` is then that of the
+            other weights, of the scales and of the activations.
+
+    Raises:
+        InputError: see `check_quantize`.
     """
+    check_quantize(quantize, dtype)
     rank, size = model_parallel_rank(), model_parallel_size()
     shapes = parameter_shapes(args)
     with torch.device("meta"):
         model = Transformer(args)
-    parameters: dict[str, nn.Parameter] = {}
     for name in progress(shapes, "loading", " tensors"):
-        weight = checkpoint.read(name, *share(name, shapes[name], args, rank, size))
-        parameters[name] = nn.Parameter(weight.to(device=device, dtype=dtype).contiguous())
+        part = share(name, shapes[name], args, rank, size)
+        quantization = quantization_of(name, args, quantize, size)
+        weight: nn.Parameter | QuantizedWeight
+        if quantization is None:
+            read = checkpoint.read(name, *part)
+            weight = nn.Parameter(read.to(device=device, dtype=dtype).contiguous())
+        else:
+            weight = read_quantized(checkpoint, name, shapes[name], part, quantization, device=device, dtype=dtype)
+        set_weight(model.get_submodule(name.removesuffix(".weight")), weight)
     if args.tie_embeddings:
-        parameters["output.weight"] = parameters["tok_embeddings.weight"]
-    model.load_state_dict(parameters, assign=True)
+        set_weight(model.output, model.tok_embeddings.weight)
     return model
+
+
+def set_weight(layer: nn.Module, weight: torch.Tensor | QuantizedWeight) -> None:
+    """Give a layer this weight in place of the one it has."""
+    del layer.weight  # a module doesn't take a parameter's place otherwise
+    layer.weight = weight
+
+
+def read_quantized(
+    checkpoint: Checkpoint,
+    name: str,
+    shape: tuple[int, ...],
+    part: Share,
+    quantization: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> QuantizedWeight:
+    """This process's share of a matrix, in fewer bits.
+
+    Whole rows are rounded and then cut, so that the weights are the same for every number of processes, and only
+    `ROWS_AT_ONCE` at a time, so that little memory is needed.
+    """
+    rows, columns = (range(n) for n in shape)
+    if part.axis == 0:
+        rows = rows[part.start : part.stop]
+    else:
+        columns = columns[part.start : part.stop]
+    kind = Int8Weight if quantization == "int8" else Int4Weight
+    weight = kind(len(rows), len(columns), dtype=dtype, device=device)
+    for start in range(rows.start, rows.stop, ROWS_AT_ONCE):
+        whole = checkpoint.read(name, 0, start, min(start + ROWS_AT_ONCE, rows.stop))
+        first = start - rows.start
+        if isinstance(weight, Int8Weight):
+            values, scales = round_to_int8(whole, dtype)
+            weight.set_rows(first, values[:, columns.start : columns.stop], scales)
+        else:
+            weight.set_rows(first, round_to_int4(whole[:, columns.start : columns.stop], dtype))
+    return weight

@@ -10,6 +10,7 @@ from math import prod
 from typing import NamedTuple
 
 from llama.model_args import ModelArgs
+from llama.quantized import GROUP_SIZE, INT4_ROWS
 
 # The axis along which a parameter is split over files and processes; norms are replicated.
 SPLIT_AXIS = {"tok_embeddings": 0, "output": 0, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0}
@@ -67,6 +68,32 @@ def share(name: str, shape: tuple[int, ...], args: ModelArgs, rank: int, size: i
         first = rank * args.kv_heads // size * args.head_size  # several ranks hold the same kv head
         return Share(axis, first, first + args.head_size)
     return Share(axis, rank * shape[axis] // size, (rank + 1) * shape[axis] // size)
+
+
+def quantization_of(name: str, args: ModelArgs, quantize: str | None, size: int) -> str | None:
+    """How a parameter is kept on each of `size` model-parallel processes.
+
+    An embedding keeps its dtype, unless the output shares it: then it is kept in 8 bits, for any `quantize`, since few
+    tokens are likely enough to tell whether their vectors are exact, and the output is what chooses among all.
+
+    Args:
+        name: the parameter's name.
+        args: the model's sizes.
+        quantize: "int8" or "int4", or None.
+        size: how many processes there are.
+
+    Returns:
+        "int8", "int4", or None for the dtype of the activations. In place of "int4" it is "int8" where groups of 32
+        don't fit this process's share of the input.
+    """
+    if quantize is None or split_axis(name) is None:
+        return None
+    if name == "tok_embeddings.weight":
+        return "int8" if args.tie_embeddings else None
+    shape = list(parameter_shapes(args)[name])
+    axis, start, stop = share(name, tuple(shape), args, 0, size)
+    shape[axis or 0] = stop - start
+    return "int8" if shape[0] % INT4_ROWS or shape[1] % GROUP_SIZE else quantize
 
 
 def parameter_count(args: ModelArgs, size: int = 1) -> int:
