@@ -214,7 +214,7 @@ def test_a_cache_larger_than_memory_is_refused_before_it_is_allocated(tiny_check
         MemoryError, match=r"not enough memory for .* GB of KV cache \(max_batch_size=100000000 x"
     ) as error:
         Llama.build(tiny_checkpoint, None, 8192, 10**8, dtype=torch.float32)
-    assert "build with a 16-bit dtype, or a lower max_batch_size or max_seq_len" in str(error.value)
+    assert "build with quantize='int8' or 'int4', a 16-bit dtype, a lower max_batch_size or" in str(error.value)
     assert "GB are free)" in str(error.value)  # so it was checked beforehand
 
 

@@ -3,17 +3,21 @@
 import contextlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from llama.checkpoint.load import read_settings
-from llama.checkpoint.parameters import parameter_count
+from llama.checkpoint.parameters import parameter_count, parameter_shapes, quantization_of, share
 from llama.device import dtype_name
 from llama.distributed import model_parallel_size
 from llama.model_args import ModelArgs
+from llama.quantized import GROUP_SIZE, check_quantize
 
 logger = logging.getLogger("llama")
 
@@ -35,7 +39,13 @@ class Footprint(NamedTuple):
 
 
 def footprint(
-    path: str | Path, *, max_seq_len: int, max_batch_size: int, dtype: torch.dtype, model_parallel_size: int = 1
+    path: str | Path,
+    *,
+    max_seq_len: int,
+    max_batch_size: int,
+    dtype: torch.dtype,
+    quantize: str | None = None,
+    model_parallel_size: int = 1,
 ) -> Footprint:
     """The memory that a model would take; no weights are needed.
 
@@ -43,25 +53,48 @@ def footprint(
         path: a `params.json` or `config.json`, or a folder with one; or any checkpoint.
         max_seq_len, max_batch_size: the size of the KV cache, in positions and in rows.
         dtype: of weights and cache.
+        quantize: "int8" or "int4": the matrices in so many bits; see `llama.quantized`.
         model_parallel_size: processes that share the model.
 
     Raises:
-        InputError: the model can't be split over so many processes, or `max_seq_len` is over its limit.
+        InputError: the model can't be split over so many processes, `max_seq_len` is over its limit, or an unknown
+            `quantize`.
     """
+    check_quantize(quantize, dtype)
     settings = read_settings(path)
     vocab_size = settings.params.get("vocab_size", -1)
     args = settings.model_args(LLAMA2_VOCAB_SIZE if vocab_size == -1 else vocab_size, max_seq_len, max_batch_size)
     args.check(model_parallel_size)
     return Footprint(
         parameter_count(args),
-        weight_bytes(args, dtype, model_parallel_size),
+        weight_bytes(args, dtype, model_parallel_size, quantize),
         cache_bytes(args, dtype, model_parallel_size),
     )
 
 
-def weight_bytes(args: ModelArgs, dtype: torch.dtype, size: int) -> int:
+def weight_bytes(args: ModelArgs, dtype: torch.dtype, size: int, quantize: str | None = None) -> int:
     """Bytes of weights on each of `size` model-parallel processes."""
-    return parameter_count(args, size) * dtype.itemsize
+    return sum(_weight_bytes_by_quantization(args, dtype, size, quantize).values())
+
+
+def _weight_bytes_by_quantization(
+    args: ModelArgs, dtype: torch.dtype, size: int, quantize: str | None
+) -> Counter[str | None]:
+    """`weight_bytes` of the parameters that are kept in 8 bits, in 4 bits, and (under None) in the dtype."""
+    total: Counter[str | None] = Counter()
+    for name, shape in parameter_shapes(replace(args, n_layers=1)).items():
+        axis, start, stop = share(name, shape, args, 0, size)
+        count = prod(shape) if axis is None else prod(shape) // shape[axis] * (stop - start)
+        quantization = quantization_of(name, args, quantize, size)
+        if quantization == "int8":
+            rows = stop - start if axis == 0 else shape[0]
+            n_bytes = count + rows * dtype.itemsize  # a scale for each row
+        elif quantization == "int4":
+            n_bytes = count // 2 + count // GROUP_SIZE * 2 * dtype.itemsize  # scale and zero for each group
+        else:
+            n_bytes = count * dtype.itemsize
+        total[quantization] += n_bytes * (args.n_layers if name.startswith("layers.") else 1)
+    return total
 
 
 def cache_bytes(args: ModelArgs, dtype: torch.dtype, size: int) -> int:
@@ -70,24 +103,25 @@ def cache_bytes(args: ModelArgs, dtype: torch.dtype, size: int) -> int:
     return 2 * args.n_layers * positions * max(args.kv_heads // size, 1) * args.head_size * dtype.itemsize
 
 
-def check_memory(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
+def check_memory(args: ModelArgs, device: torch.device, dtype: torch.dtype, quantize: str | None = None) -> None:
     """Log the memory that a model is about to take; on the CPU, compare it with the free memory.
 
-    The operating system kills a process that uses more than there is, without an explanation. If the weights alone
-    don't fit, there is only a warning, since they may be mapped from their files, which needs no free memory.
+    The operating system kills a process that uses more than there is, without an explanation. Weights in the dtype may
+    be mapped from their files, which needs no free memory: where only they don't fit, there is a warning.
 
     Raises:
-        MemoryError: the KV cache is larger than the free memory.
+        MemoryError: the KV cache and the quantized weights are larger than the free memory.
     """
-    logger.info("%s parameters: %s", f"{parameter_count(args):,}", _describe(args, device, dtype))
+    logger.info("%s parameters: %s", f"{parameter_count(args):,}", _describe(args, device, dtype, quantize))
     free = free_host_memory() if device.type == "cpu" else None
     if free is not None:
         processes, size = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), model_parallel_size()
-        cache = processes * cache_bytes(args, dtype, size)
-        if cache > free:
-            raise MemoryError(f"{_out_of_memory_message(args, device, dtype)} ({free / 1e9:.2f} GB are free)")
-        if cache + processes * weight_bytes(args, dtype, size) > free:
-            logger.warning("only %.2f GB of memory are free; %s", free / 1e9, _describe(args, device, dtype))
+        weights = _weight_bytes_by_quantization(args, dtype, size, quantize)
+        allocated = processes * (cache_bytes(args, dtype, size) + weights["int8"] + weights["int4"])
+        if allocated > free:
+            raise MemoryError(f"{_out_of_memory_message(args, device, dtype, quantize)} ({free / 1e9:.2f} GB are free)")
+        if allocated + processes * weights[None] > free:
+            logger.warning("only %.2f GB of memory are free; %s", free / 1e9, _describe(args, device, dtype, quantize))
 
 
 def free_host_memory() -> int | None:
@@ -100,13 +134,15 @@ def free_host_memory() -> int | None:
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def explain_out_of_memory(
+    args: ModelArgs, device: torch.device, dtype: torch.dtype, quantize: str | None = None
+) -> Iterator[None]:
     """Turn the errors by which torch runs out of memory into a MemoryError that says what to lower."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            raise MemoryError(_out_of_memory_message(args, device, dtype)) from error
+            raise MemoryError(_out_of_memory_message(args, device, dtype, quantize)) from error
         raise
 
 
@@ -116,21 +152,23 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases)
 
 
-def _describe(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> str:
+def _describe(args: ModelArgs, device: torch.device, dtype: torch.dtype, quantize: str | None) -> str:
     """The memory that a model takes, as text."""
     size = model_parallel_size()
-    weights, cache = weight_bytes(args, dtype, size) / 1e9, cache_bytes(args, dtype, size) / 1e9
+    weights, cache = weight_bytes(args, dtype, size, quantize) / 1e9, cache_bytes(args, dtype, size) / 1e9
     return (
-        f"{weights:.2f} GB of weights and {cache:.2f} GB of KV cache (max_batch_size={args.max_batch_size} x "
-        f"max_seq_len={args.max_seq_len}) in {dtype_name(dtype)} on {device}"
+        f"{weights:.2f} GB of weights{f' (quantize={quantize!r})' if quantize else ''} and {cache:.2f} GB of KV cache "
+        f"(max_batch_size={args.max_batch_size} x max_seq_len={args.max_seq_len}) in {dtype_name(dtype)} on {device}"
         + (f", on each of {size} processes" if size > 1 else "")
     )
 
 
-def _out_of_memory_message(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> str:
+def _out_of_memory_message(args: ModelArgs, device: torch.device, dtype: torch.dtype, quantize: str | None) -> str:
     """What was asked for, and what to change."""
-    smaller_dtype = "a 16-bit dtype, or " if dtype.itemsize > 2 else ""
+    changes = {None: ["quantize='int8' or 'int4'"], "int8": ["quantize='int4'"]}.get(quantize, [])
+    changes += ["a 16-bit dtype"] if dtype.itemsize > 2 else []
+    changes += ["a lower max_batch_size or max_seq_len"]
     return (
-        f"not enough memory for {_describe(args, device, dtype)}: build with {smaller_dtype}a lower max_batch_size or "
-        f"max_seq_len, or over more processes"
+        f"not enough memory for {_describe(args, device, dtype, quantize)}: build with {', '.join(changes)}, or over "
+        f"more processes"
     )
