@@ -8,11 +8,14 @@ import torch
 from conftest import hugging_face_twin, same_weights, tiny_model
 from train_everything import random_examples, training_params
 
+from llama.errors import InputError
 from llama.finetune.data import Example, make_batch
 from llama.finetune.lora import LoRALinear, add_lora, merge_lora
 from llama.finetune.loss import mean_loss, summed_loss
 from llama.finetune.optimizer import BETAS, Optimizer, learning_rate
-from llama.finetune.training import checkpoint_activations, select_trainable, train_step
+from llama.finetune.training import checkpoint_activations, select_trainable, train, train_step
+from llama.finetune.training_params import TRAIN
+from llama.quantized import Int8Weight
 
 
 def transformers_loss(twin, rows):
@@ -194,6 +197,21 @@ def test_only_the_selected_weights_change(train):
     matrices = {name for name in before if ".attention." in name or ".feed_forward." in name}
     assert changed == {"all": set(before), "lora": matrices}.get(train) or set(NAMES.get(train, changed))
     assert after["output.weight"].data_ptr() == after["tok_embeddings.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("what", TRAIN)
+def test_a_quantized_model_is_refused(what):
+    model = tiny_model()
+    layer = model.layers[1].feed_forward.w2
+    del layer.weight
+    layer.weight = Int8Weight(128, 192, dtype=torch.float32, device=torch.device("cpu"))
+    message = "a model with quantized weights can't be trained: build it without quantize"
+    with pytest.raises(InputError, match=message):
+        train(model, random_examples(), [], training_params(train=what), folder=None)
+    with pytest.raises(InputError, match=message):
+        add_lora(model, 4, seed=1)
+    with pytest.raises(InputError, match=message):
+        Optimizer(model, 0.0)
 
 
 def test_adamw_is_that_of_torch_with_decay_of_matrices_only():

@@ -30,7 +30,7 @@ from test_finetune_parallel import write_pairs
 from test_hugging_face import MODELS, random_hugging_face_model
 
 from llama import Llama, ModelArgs, Tokenizer
-from llama.checkpoint import open_checkpoint, save_checkpoint
+from llama.checkpoint import load_model, open_checkpoint, save_checkpoint
 from llama.checkpoint.hugging_face import split_evenly, to_config_json
 from llama.checkpoint.meta import to_params_json
 from llama.convert import convert
@@ -38,6 +38,7 @@ from llama.default_model import default_checkpoint
 from llama.finetune import finetune
 from llama.finetune.run_folder import RunFolder
 from llama.model_args import feed_forward_size
+from llama.quantized import QUANTIZATIONS, QuantizedWeight
 
 VOCAB = 524
 TOKENS = torch.randint(VOCAB, (2, 80), generator=torch.Generator().manual_seed(3))
@@ -162,6 +163,52 @@ def test_the_dtype_is_kept(tmp_path, llama3, dtype):
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == str(dtype)[6:]
 
 
+def load_quantized(folder, quantize, dtype=torch.float32):
+    checkpoint = open_checkpoint(folder)
+    args = checkpoint.settings.model_args(checkpoint.tokenizer().n_words, max_seq_len=96, max_batch_size=2)
+    return load_model(checkpoint, args, device=torch.device("cpu"), dtype=dtype, quantize=quantize)
+
+
+@pytest.mark.parametrize("layout", ["meta", "hf"])
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("quantize", QUANTIZATIONS)
+def test_a_quantized_model_is_written_with_its_rounded_weights(
+    tmp_path, llama3, llama3_path, caplog, quantize, tied, layout
+):
+    exact = tiny_model(vocab_size=VOCAB, tie_embeddings=tied)
+    folder = write_meta_checkpoint(tmp_path / "exact", exact, llama3_path, tie_embeddings=tied)
+    model = load_quantized(folder, quantize)
+    save_checkpoint(tmp_path / "saved", model, llama3, layout=layout)
+    assert "the weights of this model are rounded to 8 or 4 bits, and so are those that are written, as float32" in (
+        caplog.text
+    )
+    loaded = load(tmp_path / "saved")
+    n_quantized = 0
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantizedWeight):
+            assert torch.equal(loaded.get_parameter(name), module.dequantize())
+            n_quantized += 1
+    assert n_quantized == 2 * 7 + 1 + tied
+    with torch.no_grad():
+        assert torch.allclose(loaded(TOKENS), model(TOKENS), atol=1e-4)
+        assert not torch.allclose(loaded(TOKENS), exact(TOKENS), atol=0.1)
+
+
+def test_a_quantized_model_is_written_in_the_dtype_of_its_activations(tmp_path, llama3, tiny_checkpoint):
+    save_checkpoint(tmp_path / "saved", load_quantized(tiny_checkpoint, "int4", torch.bfloat16), llama3)
+    assert open_checkpoint(tmp_path / "saved").dtype() == torch.bfloat16
+
+
+@pytest.mark.parametrize("layout", ["meta", "hf"])
+def test_a_quantized_model_is_saved_by_several_processes(tmp_path, monkeypatch, llama3, tiny_checkpoint, layout):
+    save_checkpoint(tmp_path / "by one", load_quantized(tiny_checkpoint, "int4"), llama3, layout=layout)
+    with monkeypatch.context() as patch:
+        Ranks(patch, 2).run(
+            lambda: save_checkpoint(tmp_path / "by two", load_quantized(tiny_checkpoint, "int4"), llama3, layout=layout)
+        )
+    assert same_weights(load(tmp_path / "by two"), load(tmp_path / "by one"))
+
+
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_transformers_models_through_metas_layout_and_back(tmp_path, changes):
     random_hugging_face_model(**changes).save_pretrained(tmp_path / "theirs")
@@ -195,6 +242,8 @@ SAVE = """
 import sys, torch
 from llama import Llama
 from llama.checkpoint import save_checkpoint
+llama = Llama.build(sys.argv[1], None, 64, 2, device="cpu", dtype=torch.float32, quantize="int4")
+save_checkpoint(f"{sys.argv[2]}-int4", llama.model, llama.tokenizer)
 llama = Llama.build(sys.argv[1], None, 64, 2, device="cpu", dtype=torch.float32)
 for layout in ("meta", "hf"):
     save_checkpoint(f"{sys.argv[2]}-{layout}", llama.model, llama.tokenizer, layout=layout, shards=2)
@@ -210,6 +259,10 @@ def test_saved_by_real_processes(tmp_path, tiny_checkpoint, n):
     assert run.returncode == 0, run.stderr
     for layout in ("meta", "hf"):
         assert same_weights(load(tmp_path / f"saved-{layout}"), load(tiny_checkpoint))
+    quantized, exact = load(tmp_path / "saved-int4"), load(tiny_checkpoint)
+    for name in ("attention.wo", "feed_forward.w1"):  # split along either axis
+        rounded, weight = (model.layers[0].get_parameter(f"{name}.weight") for model in (quantized, exact))
+        assert 0 < (rounded - weight).abs().max() < 0.1
 
 
 FAILED = """

@@ -1,6 +1,7 @@
 """Writing checkpoints: from a network on any number of processes, or from a checkpoint of any layout."""
 
 import errno
+import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -12,17 +13,21 @@ from llama.checkpoint.hugging_face import MAX_SHARD_BYTES, write_hugging_face
 from llama.checkpoint.meta import implied_stop_tokens, write_meta
 from llama.checkpoint.parameters import parameter_count, parameter_shapes, share
 from llama.checkpoint.progress import progress
+from llama.device import dtype_name
 from llama.distributed import gather, is_first_rank, model_parallel_size, raise_on_all_ranks
 from llama.errors import InputError
 from llama.files import new_folder
 from llama.model import Transformer
 from llama.model_args import ModelArgs
+from llama.quantized import QuantizedWeight
 from llama.tokenizer import Tokenizer
 from llama.vocab import SentencePieceTokenizer, Vocabulary
 from llama.vocab.sentencepiece_tokenizer import write_sentencepiece_config
 from llama.vocab.tiktoken_file import fits_tiktoken_file, read_tiktoken_file, write_tiktoken_file
 from llama.vocab.tokenizer_config import TokenizerConfig
 from llama.vocab.tokenizer_json import write_tokenizer_json
+
+logger = logging.getLogger("llama")
 
 LAYOUTS = ("meta", "hf")
 
@@ -42,7 +47,7 @@ def save_checkpoint(
 
     Args:
         folder: a new folder.
-        model: its weights are written in their dtype.
+        model: its weights are written in their dtype; quantized ones, of 8 or 4 bits, in the dtype of its norms.
         tokenizer: written beside the weights, if given.
         layout: "meta" for Meta's (`consolidated.NN.pth` and `params.json`), "hf" for Hugging Face's (safetensors and
             `config.json`).
@@ -55,6 +60,11 @@ def save_checkpoint(
     args, dtype, tensors = model.params, model.norm.weight.dtype, gather_parameters(model)
     failure: BaseException | None = None
     if is_first_rank():
+        if any(isinstance(module, QuantizedWeight) for module in model.modules()):
+            logger.warning(
+                "the weights of this model are rounded to 8 or 4 bits, and so are those that are written, as %s",
+                dtype_name(dtype),
+            )
         try:
             write_checkpoint(folder, layout, args, tensors, dtype, shards, tokenizer)
         except BaseException as error:
@@ -69,12 +79,15 @@ def save_checkpoint(
 def gather_parameters(model: Transformer) -> Iterator[tuple[str, torch.Tensor]]:
     """The name of every parameter and, on the first model-parallel rank, the whole parameter, from all ranks' slices.
 
-    The tensors on the other ranks are to be ignored.
+    Quantized weights are dequantized, one at a time. The tensors on the other ranks are to be ignored.
     """
     args, size = model.params, model_parallel_size()
-    slices = dict(model.named_parameters())
     for name, shape in parameter_shapes(args).items():
-        tensor = slices[name].detach()
+        weight = model.get_submodule(name.removesuffix(".weight")).weight
+        if isinstance(weight, QuantizedWeight):
+            tensor = weight.dequantize().contiguous()
+        else:
+            tensor = model.get_parameter(name).detach()
         shares = [share(name, shape, args, rank, size) for rank in range(size)]
         axis = shares[0].axis
         if axis is not None and size > 1:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from llama.distributed import model_parallel_rank, model_parallel_size
+from llama.finetune.optimizer import check_trainable
 from llama.model import Transformer
 from llama.parallel import ColumnParallelLinear, KVHeadParallelLinear, Linear, RowParallelLinear, local_kv_heads
 
@@ -64,7 +65,12 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model: Transformer, rank: int, seed: int) -> None:
-    """Put LoRA matrices beside every weight matrix of every layer, and make them the only trainable parameters."""
+    """Put LoRA matrices beside every weight matrix of every layer, and make them the only trainable parameters.
+
+    Raises:
+        InputError: the model is quantized.
+    """
+    check_trainable(model)
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     for block in model.layers:

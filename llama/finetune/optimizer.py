@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from llama.distributed import model_parallel_size, sum_over_data_parallel, sum_over_model_parallel
+from llama.errors import InputError
 from llama.parallel import ColumnParallelLinear, KVHeadParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from llama.quantized import QuantizedWeight
 
 BETAS = (0.9, 0.95)  # as Llama 2 was trained (arXiv 2307.09288)
 
@@ -36,6 +38,12 @@ def replica_count(module: nn.Module) -> int:
     return model_parallel_size()  # norms, and LoRA matrices that aren't split
 
 
+def check_trainable(model: nn.Module) -> None:
+    """Raise InputError if weights of the model are quantized: these have no gradients."""
+    if any(isinstance(module, QuantizedWeight) for module in model.modules()):
+        raise InputError("a model with quantized weights can't be trained: build it without quantize")
+
+
 class Optimizer:
     """AdamW (arXiv 1711.05101) on float32 master weights of the trainable parameters of a model.
 
@@ -50,9 +58,13 @@ class Optimizer:
     Attributes:
         parameters: the trained parameters of the model, by name.
         master_weights: their float32 values, by name.
+
+    Raises:
+        InputError: the model is quantized.
     """
 
     def __init__(self, model: nn.Module, weight_decay: float) -> None:
+        check_trainable(model)
         self.parameters: dict[str, nn.Parameter] = {}
         self.master_weights: dict[str, torch.Tensor] = {}
         self._replicas: dict[str, int] = {}

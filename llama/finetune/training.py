@@ -39,6 +39,7 @@ def train(
         folder: where states and metrics are kept.
 
     Raises:
+        InputError: the model is quantized.
         ArithmeticError: the loss or the gradient is NaN or infinity.
     """
     select_trainable(model, params)
