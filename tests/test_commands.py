@@ -20,6 +20,9 @@ from llama import Llama
 from llama.cli.command_line import EscapingFormatter
 from llama.cli.info import info
 from llama.default_model import default_checkpoint
+from llama.device import dtype_name
+from llama.memory import footprint
+from llama.quantized import QUANTIZATIONS
 
 COMMANDS = ("chat", "complete", "inspect", "info", "convert", "finetune", "bench")
 GREEDY = ["--temperature", "0", "--max_gen_len", "9", "--dtype", "float32"]
@@ -85,6 +88,7 @@ def test_it_is_installed_as_llama():
         (["complete", "hi", "--seed", "x"], 1, "error: seed='x' must be a whole number"),
         (["info", ".", "--max_batch_size", "x"], 1, "error: max_batch_size='x' must be a whole number of at least 1"),
         (["info", ".", "--dtype", "int3"], 1, "error: dtype='int3' must be one of ['float32', 'float16', 'bfloat16']"),
+        (["info", ".", "--quantize", "int5"], 1, "error: quantize='int5' must be one of ['int8', 'int4']"),
         (["info", "/nowhere"], 1, "error: ckpt_dir='/nowhere' does not exist"),
         (["convert", "/nowhere"], 2, "error: llama convert: The function received no value for the required argument"),
         (["convert", "/nowhere", "/x"], 1, "error: ckpt_dir='/nowhere' does not exist"),
@@ -262,6 +266,23 @@ def test_info_on_every_layout(runner, tmp_path, llama3_path):
     assert "on each of 2 processes" in printed["memory"]
     printed = describe(meta, "--max_seq_len", 8192, "--max_batch_size", 10**7)
     assert "it does not fit: " in printed["this machine"]
+
+
+@pytest.mark.parametrize("quantize", QUANTIZATIONS)
+def test_info_on_a_quantized_model(runner, tmp_path, llama3_path, monkeypatch, quantize):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    meta = write_meta_checkpoint(tmp_path, tiny_model(vocab_size=524), llama3_path)
+    for options, dtype in (([], torch.bfloat16), (["--dtype", "float32"], torch.float32)):
+        for nproc in (1, 2):
+            args = ["--ckpt_dir", meta, "--quantize", quantize, "--max_seq_len", 64, "--nproc", nproc, *options]
+            result = runner.llama("info", *args)
+            assert result.returncode == 0, result.stderr
+            printed = by_first_column(result.stdout)
+            options_of_footprint = {"max_seq_len": 64, "max_batch_size": 1, "model_parallel_size": nproc}
+            expected = footprint(meta, dtype=dtype, quantize=quantize, **options_of_footprint)
+            assert printed["memory"].startswith(f"{dtype_name(dtype)}, quantize={quantize}, max_seq_len=64")
+            assert printed["weights"].startswith(f"{expected.weight_bytes:,} bytes")
+            assert printed["total"].startswith(f"{expected.weight_bytes + expected.cache_bytes:,} bytes")
 
 
 FAMILIES = {"Llama 2": "Llama 2", "Llama 3 ": "Llama 3", "Llama 3.": "Llama 3.1 or later"}

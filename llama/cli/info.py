@@ -13,6 +13,7 @@ from llama.device import default_dtype, dtype_name, dtype_named
 from llama.errors import CheckpointError, InputError, MissingFileError
 from llama.files import require_path
 from llama.model_args import ModelArgs
+from llama.quantized import check_quantize
 from llama.sampling_params import check_number
 from llama.tokenizer import Tokenizer
 
@@ -28,6 +29,7 @@ def info(
     max_seq_len: int | None = None,
     max_batch_size: int = 1,
     dtype: str | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Describe a checkpoint, the memory that it takes, and whether it fits this machine.
 
@@ -42,6 +44,7 @@ def info(
             model's own maximum if that is smaller
         max_batch_size: size of the KV cache in rows
         dtype: float32, float16 or bfloat16, of weights and KV cache; by default this machine's default
+        quantize: int8 or int4: the memory with the weights in 8 or 4 bits
     """
     path = require_path(default_checkpoint() if ckpt_dir is None else ckpt_dir, "ckpt_dir")
     if path.name in ("params.json", "config.json"):
@@ -50,7 +53,8 @@ def info(
         if count is not None:
             check_number(name, count, 1, integer=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch_dtype = dtype_named(dtype) or default_dtype(device)
+    torch_dtype = dtype_named(dtype) or default_dtype(device, quantize)
+    check_quantize(quantize, torch_dtype)
     # A GGUF file is opened once. Other layouts have their settings in a small file, and their weights may be missing.
     has_settings_file = any((path / name).is_file() for name in ("params.json", "config.json"))
     checkpoint = None if has_settings_file else open_checkpoint(path)
@@ -64,12 +68,13 @@ def info(
         described_tokenizer = describe_tokenizer(find_tokenizer(path, checkpoint, tokenizer_path))
     except CheckpointError as error:  # the rest may still be of use
         described_tokenizer = {"tokenizer": f"unusable: {error}"}
-    weights, cache = weight_bytes(args, torch_dtype, nproc), cache_bytes(args, torch_dtype, nproc)
+    weights, cache = weight_bytes(args, torch_dtype, nproc, quantize), cache_bytes(args, torch_dtype, nproc)
     lines = {"checkpoint": str(path), "layout": describe_layout(path)} | describe_model(args, settings.advised_seq_len)
     lines |= {"parameters": f"{parameter_count(args):,}"} | described_tokenizer
     lines |= {
         "": "",
-        "memory": f"{dtype_name(torch_dtype)}, max_seq_len={max_seq_len}, max_batch_size={max_batch_size}"
+        "memory": f"{dtype_name(torch_dtype)}{f', quantize={quantize}' if quantize else ''}, "
+        f"max_seq_len={max_seq_len}, max_batch_size={max_batch_size}"
         + (f", on each of {nproc} processes" if nproc > 1 else ""),
         "  weights": format_bytes(weights),
         "  KV cache": format_bytes(cache),
