@@ -1,20 +1,23 @@
 """Measures this library beside its peers: python benchmarks/compare.py --out results
 
-All libraries have the same weights, dtype and number of threads, and each runs in a process of its own. They take
-turns, round by round, so that a busy machine slows down all of them. The ratios of their times are taken within each
-round, and their medians are printed. The folder gets `results.json` and `results.png`.
+The contestants of a group are libraries with options. They have the same weights in the same number of bits, the same
+number of threads, and each a process of its own. They take turns, round by round, so that a busy machine slows down all
+of them. The ratios of their times are taken within each round, and their medians are printed. The folder gets a file
+with all values for each model and group, and `results.png`.
 """
 
 import importlib.util
 import json
+import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peers import MODULES, PEERS
@@ -23,6 +26,48 @@ from weights import write_weights
 from llama.cli import run
 from llama.errors import InputError
 
+
+class Contestant(NamedTuple):
+    """A library with its options.
+
+    Attributes:
+        peer: the library, a key of `PEERS`.
+        layout: the layout of its checkpoint: see `weights.write_weights`.
+        quantize, compile: see `Llama.build`; for ours only.
+    """
+
+    peer: str
+    layout: str
+    quantize: str | None = None
+    compile: bool = False
+
+
+FLOAT = {
+    "ours": Contestant("ours", "meta"),
+    "ours compiled": Contestant("ours", "meta", compile=True),
+    "llama-models": Contestant("llama-models", "meta"),
+    "transformers": Contestant("transformers", "hf"),
+    "llama.cpp": Contestant("llama.cpp", "gguf"),
+}
+# Contestants with the same bits; those with 8 and 4 are also compared with ours in bfloat16.
+GROUPS: dict[str, dict[str, Contestant]] = {
+    "float32": FLOAT,
+    "bfloat16": FLOAT,
+    "int8": {
+        "ours bfloat16": Contestant("ours", "meta"),
+        "ours int8": Contestant("ours", "meta", "int8"),
+        "ours int8 compiled": Contestant("ours", "meta", "int8", compile=True),
+        "llama.cpp Q8_0": Contestant("llama.cpp", "Q8_0"),
+    },
+    "int4": {  # ours takes the blocks of the file Q4_0 as they are
+        "ours bfloat16": Contestant("ours", "meta"),
+        "ours int4": Contestant("ours", "Q4_0", "int4"),
+        "ours int4 compiled": Contestant("ours", "Q4_0", "int4", compile=True),
+        "llama.cpp Q4_0": Contestant("llama.cpp", "Q4_0"),
+        "llama.cpp Q4_K_M": Contestant("llama.cpp", "Q4_K_M"),  # of rows of 256: not in the default model's sizes
+    },
+}
+MODELS = ("smollm2", "1b")
 # The measured cases -> requests to the processes of the libraries (see peers.py). "read" stands for prefill.
 DECODE = {
     f"decode, batch {batch}, context {context}": {
@@ -51,41 +96,55 @@ CASES_OF_1B = (
     "read 512 tokens",
     "prompt of 128, 32 sampled",
 )
-LOADING = ("load", "load + 1 token", "memory")  # measured while a process starts
+FIRST_COMPILATION = "load + 2 tokens, nothing compiled before"  # measured once, of contestants that compile
+# Measured while a process starts.
+STARTING = ("load", "load + 1 token", "load + 2 tokens", FIRST_COMPILATION, "memory", "memory afterwards")
+# The processor's instructions that make matrix products faster, as /proc/cpuinfo calls them.
+INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "i8mm", "bf16")
 
 
 class Worker:
-    """A process of a library.
+    """The process of a contestant.
 
     Args:
-        name: the library, a key of `PEERS`.
-        folder: the checkpoint in its layout.
+        contestant: the library and its options.
+        folder: with the checkpoints, one folder for each layout, and what compilers keep.
         dtype: the name of the dtype.
         threads: its number of threads.
         max_batch_size, max_seq_len: the size of its KV cache, in rows and in tokens of each.
+
+    Attributes:
+        started: what loading and the first two tokens took: see `peers.start`.
     """
 
     def __init__(
-        self, name: str, folder: Path, dtype: str, threads: int, max_batch_size: int, max_seq_len: int
+        self, contestant: Contestant, folder: Path, dtype: str, threads: int, max_batch_size: int, max_seq_len: int
     ) -> None:
-        script = Path(__file__).with_name("peers.py")
-        arguments = map(str, (name, folder, dtype, threads, max_batch_size, max_seq_len))
+        options = {"quantize": contestant.quantize, "compile": contestant.compile}
+        arguments = {
+            "peer": contestant.peer,
+            "folder": str(folder / contestant.layout),
+            "dtype": dtype,
+            "threads": threads,
+            "max_batch_size": max_batch_size,
+            "max_seq_len": max_seq_len,
+            "options": options if contestant.peer == "ours" else {},
+        }
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
         self.process = subprocess.Popen(
-            [sys.executable, script, *arguments],
+            [sys.executable, Path(__file__).with_name("peers.py"), json.dumps(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")},
         )
-        self.loading: dict[str, float] = self._response()
+        self.started: dict[str, float] = self._response()
 
     def ask(self, request: dict[str, Any]) -> Any:
         """Send a request, and return the response."""
         assert self.process.stdin is not None  # noqa: S101 - it is a pipe
-        time.sleep(
-            0.2
-        )  # until the threads of the library before, which wait for work in a busy loop, have gone to sleep
+        time.sleep(0.2)  # the threads of the library before wait for work in a busy loop for a while
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return self._response()
@@ -122,48 +181,74 @@ def machine_rates(dtype: torch.dtype) -> tuple[float, float]:
     return rates[0], rates[1]
 
 
-def is_measured(model: str, dtype: str, name: str, case: str) -> bool:
-    """Return whether a case is measured with this model, dtype and library."""
+def processor() -> str:
+    """Name the processor, its instructions for matrix products, and the widest ones that torch uses."""
+    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    fields = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in first.splitlines())
+    model = ", ".join(f"{key} {fields[key]}" for key in ("model name", "cpu family", "model") if key in fields)
+    flags = fields.get("flags", fields.get("Features", "")).split()  # "Features" on ARM
+    instructions = ", ".join(flag for flag in INSTRUCTIONS if flag in flags)
+    return f"{model} ({instructions}; torch uses {torch.backends.cpu.get_cpu_capability()})"
+
+
+def is_measured(model: str, group: str, contestant: Contestant, case: str) -> bool:
+    """Return whether a case is measured with this model, group and contestant."""
     if model == "1b" and case not in CASES_OF_1B:
         return False
-    return case not in UNEQUAL or (dtype == "float32" and name != "llama.cpp")  # which has no call for a batch
+    return case not in UNEQUAL or (group == "float32" and contestant.peer != "llama.cpp")  # it has no call for a batch
 
 
-def measure(model: str, dtype: str, names: list[str], rounds: int, threads: int, folder: Path) -> dict[str, Any]:
-    """Measure one model in one dtype.
+def measure(
+    model: str, group: str, contestants: dict[str, Contestant], rounds: int, threads: int, folder: Path
+) -> dict[str, Any]:
+    """Measure one model in one group of contestants.
 
     Returns:
-        The circumstances, and "found": case -> library -> a value (seconds or bytes) for each round.
+        The circumstances, and "values": case -> contestant -> a value (seconds or bytes) for each round.
     """
-    sizes = write_weights(model, getattr(torch, dtype), folder)
-    values: dict[str, dict[str, list[float]]] = {case: {} for case in LOADING}
-    for _ in range(rounds):
-        for name in names:
-            # Ours from Meta's layout, in the dtype of the computation, as the others have it.
-            layout = "meta" if name == "ours" else PEERS[name].layout
-            worker = Worker(name, folder / layout, dtype, threads, 1, 512)
-            for case in LOADING:
-                values[case].setdefault(name, []).append(worker.loading[case])
+    dtype = "float32" if group == "float32" else "bfloat16"
+    layouts = {contestant.layout for contestant in contestants.values()}
+    sizes = write_weights(model, getattr(torch, dtype), layouts, folder)
+    values: dict[str, dict[str, list[float]]] = {case: {} for case in STARTING}
+    for i in range(rounds):
+        for name, contestant in contestants.items():
+            if i == 0 and contestant.compile:
+                worker = Worker(contestant, folder, dtype, threads, 1, 512)
+                values[FIRST_COMPILATION][name] = [worker.started["load + 2 tokens"]]
+                worker.close()
+                if not any((folder / "compiled").rglob("*.so")):  # ours runs eagerly where compiling fails
+                    raise RuntimeError(f"{name} has compiled nothing; is there a C++ compiler?")
+            worker = Worker(contestant, folder, dtype, threads, 1, 512)
+            for case, value in worker.started.items():
+                values[case].setdefault(name, []).append(value)
             worker.close()
-    workers = {name: Worker(name, folder / PEERS[name].layout, dtype, threads, 8, 2048 + 64) for name in names}
+    workers = {
+        name: Worker(contestant, folder, dtype, threads, 8, 2048 + 64) for name, contestant in contestants.items()
+    }
     tokens = {name: worker.ask({"request": "greedy", "context": 64, "steps": 8}) for name, worker in workers.items()}
-    if dtype == "float32" and len(set(map(str, tokens.values()))) > 1:
+    if group == "float32" and len(set(map(str, tokens.values()))) > 1:
         raise RuntimeError(f"the libraries don't compute the same tokens: {tokens}")
     rates = []
     for i in range(rounds):
         rates.append(machine_rates(getattr(torch, dtype)))
         for case, request in CASES.items():
             for name, worker in workers.items():
-                if is_measured(model, dtype, name, case):
+                if is_measured(model, group, contestants[name], case):
                     values.setdefault(case, {}).setdefault(name, []).append(worker.ask(request))
-        print(f"{model}, {dtype}: round {i + 1} of {rounds}", file=sys.stderr)
+        print(f"{model}, {group}: round {i + 1} of {rounds}", file=sys.stderr)
     for worker in workers.values():
         worker.close()
     bandwidth, arithmetic = (statistics.median(rate) for rate in zip(*rates, strict=True))
-    return {"model": model, "dtype": dtype, "rounds": rounds, "threads": threads, "sizes": sizes} | {
+    return {
+        "model": model,
+        "group": group,
+        "rounds": rounds,
+        "threads": threads,
+        "processor": processor(),
+        "sizes": sizes,
         "bandwidth": bandwidth,
         "arithmetic": arithmetic,
-        "found": values,
+        "values": values,
     }
 
 
@@ -177,10 +262,13 @@ def format_value(case: str, value: float) -> str:
 
 
 def utilization(result: dict[str, Any], case: str) -> str:
-    """Return the fraction of the machine's rate that ours reaches: of memory in decoding, of arithmetic in prefill."""
+    """Return the fraction of the machine's rate that the first contestant reaches, ours without options.
+
+    That of memory in decoding, of arithmetic in prefill.
+    """
     if case not in DECODE and case not in PREFILL:
         return ""
-    seconds = statistics.median(result["found"][case]["ours"])
+    seconds = statistics.median(next(iter(result["values"][case].values())))
     sizes, request = result["sizes"], CASES[case]
     if case in DECODE:
         bytes_read = sizes["weights"] + request["batch"] * request["context"] * sizes["cache"]
@@ -189,56 +277,67 @@ def utilization(result: dict[str, Any], case: str) -> str:
     return f"{operations / seconds / result['arithmetic']:.0%} of arithmetic"
 
 
-def table(result: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines of a Markdown table of a result of `measure`."""
-    names = list(result["found"]["load"])
+def ratios(result: dict[str, Any], case: str, name: str, reference: str) -> list[float]:
+    """Return a contestant's times in multiples of another's, one for each round, in ascending order."""
+    by_name = result["values"][case]
+    pairs = zip(by_name.get(name, []), by_name.get(reference, []), strict=False)  # one may be measured only once
+    return sorted(value / of_reference for value, of_reference in pairs)
+
+
+def table(result: dict[str, Any], reference: str) -> Iterator[str]:
+    """Yield the lines of a Markdown table of a result of `measure`: what each took, also in multiples of another."""
+    names = list(result["values"]["load"])
     yield (
-        f"{result['model']}, {result['dtype']}, {result['threads']} threads, {result['rounds']} rounds; memory read at "
-        f"{result['bandwidth'] / 1e9:.1f} GB/s, products of large matrices at {result['arithmetic'] / 1e9:.0f} GFLOP/s"
+        f"{result['model']}, {result['group']}, in multiples of {reference}: {result['rounds']} rounds on "
+        f"{result['threads']} threads of {result['processor']}; memory read at {result['bandwidth'] / 1e9:.1f} GB/s, "
+        f"products of large matrices at {result['arithmetic'] / 1e9:.0f} GFLOP/s"
     )
     yield ""
-    yield f"| | {' | '.join(names)} | of the machine |"
+    yield f"| | {' | '.join(names)} | {names[0]}, of the machine |"
     yield "|---" * (len(names) + 2) + "|"
-    for case, by_name in result["found"].items():
+    for case, by_name in result["values"].items():
         cells = []
         for name in names:
-            values = by_name.get(name)
-            if not values:
-                cells.append("")
-                continue
-            cell = format_value(case, statistics.median(values))
-            if name != "ours":
-                ratios = sorted(theirs / ours for theirs, ours in zip(values, by_name["ours"], strict=True))
-                cell += f" ({statistics.median(ratios):.2f}x, {ratios[0]:.2f}-{ratios[-1]:.2f})"
+            cell = format_value(case, statistics.median(by_name[name])) if name in by_name else ""
+            multiples = ratios(result, case, name, reference) if name != reference else []
+            if multiples:
+                cell += f" ({statistics.median(multiples):.2f}x, {multiples[0]:.2f}-{multiples[-1]:.2f})"
             cells.append(cell)
         yield f"| {case} | {' | '.join(cells)} | {utilization(result, case)} |"
     yield ""
 
 
+def ours(names: Iterable[str]) -> list[str]:
+    """Return the names of our contestants without those of another group: eager, then compiled."""
+    return [name for name in names if name.startswith("ours")][-2:]
+
+
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Plot bars: the time that each library takes, in multiples of ours."""
+    """Plot bars: the time that each contestant takes, in multiples of ours compiled."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, all_axes = pyplot.subplots(1, len(results), figsize=(6 * len(results), 7), squeeze=False)
-    for axes, result in zip(all_axes[0], results, strict=True):
-        cases = [case for case in result["found"] if case not in LOADING and case not in MEMORY]
-        names = [name for name in result["found"]["load"] if name != "ours"]
+    rows = (len(results) + 1) // 2
+    figure, all_axes = pyplot.subplots(rows, 2, figsize=(12, 6 * rows), squeeze=False)
+    if len(results) < all_axes.size:
+        all_axes[-1, -1].axis("off")
+    for axes, result in zip(all_axes.flat, results, strict=False):
+        cases = [case for case in result["values"] if case not in STARTING and case not in MEMORY]
+        reference = ours(result["values"]["load"])[-1]
+        names = [name for name in result["values"]["load"] if name != reference]
         for i, name in enumerate(names):
             for j, case in enumerate(cases):
-                values = result["found"][case].get(name)
-                if values:
-                    pairs = zip(values, result["found"][case]["ours"], strict=True)
-                    ratio = statistics.median(theirs / ours for theirs, ours in pairs)
-                    height = 0.8 / len(names)
+                multiples = ratios(result, case, name, reference)
+                if multiples:
+                    ratio, height = statistics.median(multiples), 0.8 / len(names)
                     axes.barh(-j - i * height, ratio, height, color=f"C{i}", label=name if j == 0 else None)
                     axes.text(ratio, -j - i * height, f" {ratio:.1f}", va="center", fontsize=7)
         axes.axvline(1, color="black", linewidth=1)
         axes.set_yticks([-j - 0.25 for j in range(len(cases))], cases, fontsize=8)
         axes.set_xscale("log")
-        axes.set_title(f"{result['model']}, {result['dtype']}: time, in multiples of ours", fontsize=10)
+        axes.set_title(f"{result['model']}: time, in multiples of {reference}", fontsize=10)
         axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -254,8 +353,8 @@ def choices(name: str, value: str, possible: tuple[str, ...]) -> list[str]:
 
 def main(
     out: str = "results",
-    models: str = "smollm2,1b",
-    dtypes: str = "float32,bfloat16",
+    models: str = ",".join(MODELS),
+    groups: str = ",".join(GROUPS),
     peers: str = ",".join(PEERS),
     rounds: int = 5,
     threads: int = 0,
@@ -263,18 +362,18 @@ def main(
     """Compare the speed and memory of this library with those of other libraries; takes half an hour or more.
 
     Args:
-        out: the folder for results.json and results.png
-        models: comma-separated: smollm2 (the default model), 1b (a random one of Llama 3.2 1B's sizes, in bfloat16)
-        dtypes: comma-separated: float32, bfloat16
+        out: the folder for the results: a file for each model and group, and a picture of all that are there
+        models: comma-separated: smollm2 (the default model), 1b (a random one of Llama 3.2 1B's sizes; not in float32)
+        groups: comma-separated: float32, bfloat16, int8, int4: how the weights are kept
         peers: comma-separated: the libraries to measure, ours first
         rounds: how many times each case is measured
         threads: number of threads of each library; 0 for as many as there are cores
     """
-    model_names = choices("models", models, ("smollm2", "1b"))
-    dtype_names = choices("dtypes", dtypes, ("float32", "bfloat16"))
+    model_names = choices("models", models, MODELS)
+    group_names = choices("groups", groups, tuple(GROUPS))
     peer_names = choices("peers", peers, tuple(PEERS))
-    if model_names == ["1b"] and "bfloat16" not in dtype_names:
-        raise InputError(f"dtypes={dtypes} must include bfloat16, in which 1b is measured")
+    if model_names == ["1b"] and group_names == ["float32"]:
+        raise InputError(f"groups={groups} must include one with fewer bits, in which 1b is measured")
     if peer_names[0] != "ours":
         raise InputError(f"peers={peers} must begin with ours, which the others are compared with")
     for name, value, minimum in (("rounds", rounds, 1), ("threads", threads, 0)):
@@ -286,18 +385,23 @@ def main(
         raise InputError(f"not installed: {', '.join(missing)}; install them with: pip install -e '.[bench]'")
     target = Path(out)
     target.mkdir(parents=True, exist_ok=True)
-    results = []
     for model in model_names:
-        for dtype in dtype_names:
-            if model == "1b" and dtype != "bfloat16":
+        for group in group_names:
+            if model == "1b" and group == "float32":
                 continue
+            contestants = {
+                name: contestant
+                for name, contestant in GROUPS[group].items()
+                if contestant.peer in peer_names and (contestant.layout != "Q4_K_M" or model == "1b")
+            }
             with tempfile.TemporaryDirectory() as scratch:
                 n_threads = threads or torch.get_num_threads()
-                result = measure(model, dtype, peer_names, rounds, n_threads, Path(scratch))
-            results.append(result)
-            (target / "results.json").write_text(json.dumps(results, indent=1))
-            print("\n".join(table(result)), flush=True)
-    plot(results, target / "results.png")
+                result = measure(model, group, contestants, rounds, n_threads, Path(scratch))
+            (target / f"{model}-{group}.json").write_text(json.dumps(result, indent=1))
+            for reference in ours(contestants):
+                print("\n".join(table(result, reference)), flush=True)
+    paths = [target / f"{model}-{group}.json" for model in MODELS for group in GROUPS]
+    plot([json.loads(path.read_text()) for path in paths if path.exists()], target / "results.png")
 
 
 if __name__ == "__main__":

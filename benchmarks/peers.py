@@ -1,10 +1,11 @@
 """The libraries that are measured. Each has a class with the same few methods, and runs in a process of its own.
 
-    python benchmarks/peers.py NAME FOLDER DTYPE THREADS MAX_BATCH_SIZE MAX_SEQ_LEN
+    python benchmarks/peers.py '{"peer": "ours", "folder": "…", "dtype": "float32", "threads": 2, "max_batch_size": 8,
+        "max_seq_len": 2112, "options": {"compile": true}}'
 
 reads requests from standard input, one JSON object a line, such as `{"request": "decode", "batch": 1, "context": 512,
-"steps": 16}`, and prints one line for each. Times are measured here, around the work alone. FOLDER holds the checkpoint
-in the layout of the library NAME; the KV cache has MAX_BATCH_SIZE rows of MAX_SEQ_LEN tokens.
+"steps": 16}`, and prints one line for each. Times are measured here, around the work alone. The folder holds the
+checkpoint in the library's layout; the KV cache has `max_batch_size` rows of `max_seq_len` tokens.
 """
 
 import ctypes
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+WARM_UP = 2  # decode steps before the measured ones: they include what is done only once, such as compiling
 
 
 def memory(field: str = "VmHWM") -> int:
@@ -37,11 +40,9 @@ class Peer(ABC):
     """A library with a loaded model.
 
     Attributes:
-        layout: the name of the checkpoint's folder, as `weights.write_weights` makes it.
         vocab_size: the number of tokens of the model's vocabulary.
     """
 
-    layout: str
     vocab_size: int
 
     @abstractmethod
@@ -67,9 +68,11 @@ class Peer(ABC):
     def decode(self, batch: int, context: int, steps: int) -> float:
         """Return the seconds of one step."""
         self.fill(batch, context)
-        tokens = self.step([1] * batch, context)  # not measured: it includes what is done only once
+        tokens = [1] * batch
+        for i in range(WARM_UP):
+            tokens = self.step(tokens, context + i)
         start = time.perf_counter()
-        for i in range(1, steps + 1):
+        for i in range(WARM_UP, WARM_UP + steps):
             tokens = self.step(tokens, context + i)
         return (time.perf_counter() - start) / steps
 
@@ -77,17 +80,28 @@ class Peer(ABC):
 class Ours(Peer):
     """This library: what `Llama.build` makes, but without a tokenizer, which the others don't load here either."""
 
-    layout = "ours"
-
-    def __init__(self, folder: Path, dtype: torch.dtype, max_batch_size: int, max_seq_len: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        max_batch_size: int,
+        max_seq_len: int,
+        *,
+        quantize: str | None = None,
+        compile: bool = False,
+    ) -> None:
         from llama import Llama
         from llama.checkpoint import check_tensors, load_model, open_checkpoint
 
         checkpoint = open_checkpoint(folder)
         args = checkpoint.settings.model_args(checkpoint.settings.params["vocab_size"], max_seq_len, max_batch_size)
         check_tensors(checkpoint, args)
-        self.model = load_model(checkpoint, args, device=torch.device("cpu"), dtype=dtype)
+        self.model = load_model(checkpoint, args, device=torch.device("cpu"), dtype=dtype, quantize=quantize)
         self.model.setup_cache()
+        if compile:
+            from llama.compiled import compile_decoding
+
+            compile_decoding(self.model)
         self.llama = Llama(self.model, types.SimpleNamespace(stop_tokens=set()))
         self.vocab_size = args.vocab_size
 
@@ -112,8 +126,6 @@ class Ours(Peer):
 
 class Original(Peer):
     """The package llama-models, by the authors of the original."""
-
-    layout = "meta"
 
     def __init__(self, folder: Path, dtype: torch.dtype, max_batch_size: int, max_seq_len: int) -> None:
         # Its generation imports its vision model, and that one torchvision; text generation needs neither.
@@ -167,8 +179,6 @@ class Original(Peer):
 class HuggingFace(Peer):
     """The package transformers, with its default attention and cache."""
 
-    layout = "hf"
-
     def __init__(self, folder: Path, dtype: torch.dtype, max_batch_size: int, max_seq_len: int) -> None:
         import transformers
 
@@ -213,8 +223,6 @@ class HuggingFace(Peer):
 
 class LlamaCpp(Peer):
     """llama.cpp, through the package llama-cpp-python, compiled for this machine."""
-
-    layout = "gguf"
 
     def __init__(self, folder: Path, dtype: torch.dtype, max_batch_size: int, max_seq_len: int) -> None:
         import llama_cpp
@@ -286,7 +294,7 @@ class LlamaCpp(Peer):
         self.lib.llama_sampler_free(sampler)
 
 
-PEERS: dict[str, type[Peer]] = {
+PEERS: dict[str, Callable[..., Peer]] = {
     "ours": Ours,
     "llama-models": Original,
     "transformers": HuggingFace,
@@ -300,30 +308,32 @@ MODULES = {  # what each of them imports, before time and memory are measured
 }
 
 
-def serve(
-    name: str,
-    folder: Path,
-    dtype: torch.dtype,
-    max_batch_size: int,
-    max_seq_len: int,
-    respond: Callable[[object], None],
-) -> None:
-    """Load a model, and respond to the requests on standard input.
+def start(
+    peer: str, folder: str, dtype: str, max_batch_size: int, max_seq_len: int, options: dict[str, Any]
+) -> tuple[Peer, dict[str, float]]:
+    """Load a model, and generate two tokens.
 
-    The first response is what loading took: seconds; seconds with one forward pass, which brings weights that are
-    mapped from a file into memory; and bytes of memory.
+    Returns:
+        The library with the model; and what it took: the seconds to load it; the seconds until the first token, which
+        brings weights that are mapped from a file into memory; until the second, the first one of the decode loop; and
+        the bytes of memory, at most and afterwards.
     """
-    importlib.import_module(MODULES[name])
-    memory_before, start = memory(), time.perf_counter()
-    peer = PEERS[name](folder, dtype, max_batch_size, max_seq_len)
-    loaded = time.perf_counter() - start
-    peer.prefill([1])
-    respond(
-        {"load": loaded, "load + 1 token": time.perf_counter() - start, "memory": memory() - memory_before},
-    )
-    for line in sys.stdin:
-        arguments = json.loads(line)
-        respond(handle(peer, arguments.pop("request"), arguments))
+    importlib.import_module(MODULES[peer])
+    peak_before, held_before, begin = memory(), memory("VmRSS"), time.perf_counter()
+    library = PEERS[peer](Path(folder), getattr(torch, dtype), max_batch_size, max_seq_len, **options)
+    loaded = time.perf_counter() - begin
+    prompt = random_prompt(8, library.vocab_size)
+    token = library.prefill(prompt)
+    first = time.perf_counter() - begin
+    library.step([token], len(prompt))
+    second = time.perf_counter() - begin
+    return library, {
+        "load": loaded,
+        "load + 1 token": first,
+        "load + 2 tokens": second,
+        "memory": memory() - peak_before,
+        "memory afterwards": memory("VmRSS") - held_before,
+    }
 
 
 def handle(peer: Peer, request: str, arguments: dict[str, Any]) -> object:
@@ -343,12 +353,12 @@ def handle(peer: Peer, request: str, arguments: dict[str, Any]) -> object:
         memory_before = memory("VmRSS")
         peer.prefill(prompts[0])
         return memory() - memory_before
-    start = time.perf_counter()
+    begin = time.perf_counter()
     if request == "prefill":
         peer.prefill(prompts[0])
     else:
         peer.generate(prompts, arguments["max_new_tokens"], arguments["temperature"], 0.9)
-    return time.perf_counter() - start
+    return time.perf_counter() - begin
 
 
 if __name__ == "__main__":
@@ -358,7 +368,10 @@ if __name__ == "__main__":
     def respond(value: object) -> None:
         print(json.dumps(value), file=responses, flush=True)
 
-    name, folder, dtype = sys.argv[1:4]
-    threads, max_batch_size, max_seq_len = map(int, sys.argv[4:])
-    torch.set_num_threads(threads)
-    serve(name, Path(folder), getattr(torch, dtype), max_batch_size, max_seq_len, respond)
+    arguments = json.loads(sys.argv[1])
+    torch.set_num_threads(arguments.pop("threads"))
+    peer, measured = start(**arguments)
+    respond(measured)
+    for line in sys.stdin:
+        request = json.loads(line)
+        respond(handle(peer, request.pop("request"), request))
