@@ -1,7 +1,9 @@
-"""Path validation, JSON reading, atomic writes."""
+"""Path validation, JSON reading, atomic writes, memory of mapped files."""
 
 import contextlib
+import ctypes
 import json
+import mmap
 import shutil
 import stat
 import uuid
@@ -107,6 +109,22 @@ def raise_if_unmappable(path: Path, error: Exception) -> None:
             f"{path} ({path.stat().st_size / 1e9:.1f} GB) is larger than what this system lets a program map into "
             f"memory; allow it with `sysctl vm.overcommit_memory=1`, or add swap"
         ) from error
+
+
+def release_pages(address: int, length: int) -> None:
+    """Give back the memory into which a part of a mapped file has been read; what is used again is read again.
+
+    It is a wish, which systems other than Linux may ignore.
+
+    Args:
+        address, length: a part of a mapping that nobody has written to, in bytes.
+    """
+    if not hasattr(mmap, "MADV_DONTNEED"):  # Windows
+        return
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (address + length) // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 class Metadata:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from llama.errors import CheckpointError, InputError
+from llama.files import release_pages
 from llama.model_args import ModelArgs
+from llama.quantized import Int4Groups
 from llama.tokenizer import Tokenizer
 
 logger = logging.getLogger("llama")
@@ -77,6 +79,14 @@ def check_dtypes(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             raise CheckpointError(f"{path}: {name} is stored as {tensor.dtype}, not as one of {list(DTYPES)}")
 
 
+def release_tensor(tensor: torch.Tensor) -> None:
+    """Give back the memory into which a tensor of a mapped file has been read."""
+    storage = tensor.untyped_storage()
+    if storage.filename is not None:  # else it isn't mapped
+        bytes_left = int(storage.nbytes()) - int(tensor.storage_offset()) * tensor.itemsize
+        release_pages(tensor.data_ptr(), min(tensor.nbytes, bytes_left))
+
+
 class Checkpoint(ABC):
     """A model on disk: its settings, and its tensors by their names in our network, whole or a slice at a time.
 
@@ -108,6 +118,23 @@ class Checkpoint(ABC):
             name: its name in our network.
             axis: the axis that is sliced; None for the whole tensor, as for those that are never split.
             start, stop: the slice.
+        """
+
+    def read_int4(self, name: str, start: int, stop: int) -> Int4Groups | None:
+        """Rows of a matrix that is stored in groups of 32 weights of 4 bits; None if it is stored in another way.
+
+        Args:
+            name: its name in our network.
+            start, stop: the rows.
+        """
+        return None
+
+    @abstractmethod
+    def release(self, name: str) -> None:
+        """Give back the memory into which a tensor has been read from its file; what is used again is read again.
+
+        Args:
+            name: its name in our network.
         """
 
     @abstractmethod

@@ -11,10 +11,13 @@ import torch
 from gguf import GGMLQuantizationType as Quantization
 
 from llama.checkpoint.base import Checkpoint, Settings
+from llama.checkpoint.int4_blocks import INT4_BLOCKS
 from llama.checkpoint.parameters import network_name
 from llama.errors import CheckpointError, MissingFileError
+from llama.files import release_pages
 from llama.gguf_file import GGUFFile, GGUFTensor
 from llama.model import precompute_freqs_cis
+from llama.quantized import Int4Groups
 from llama.tokenizer import Tokenizer
 
 # Names of tensors in the file, without layer and ".weight" -> names in our network.
@@ -137,6 +140,18 @@ class GGUFCheckpoint(Checkpoint):
         except (NotImplementedError, ValueError) as error:
             raise CheckpointError(f"{self.path}: {name} can't be dequantized: {error}") from error
         return weights[:, start:stop] if axis == 1 else weights
+
+    def read_int4(self, name: str, start: int, stop: int) -> Int4Groups | None:
+        tensor = self._tensors[name]
+        read_blocks = INT4_BLOCKS.get(tensor.kind)
+        if read_blocks is None:
+            return None
+        rows = torch.from_numpy(tensor.data[start:stop].copy())
+        return read_blocks(rows.unflatten(1, (-1, gguf.GGML_QUANT_SIZES[tensor.kind][1])))
+
+    def release(self, name: str) -> None:
+        data = self._tensors[name].data
+        release_pages(data.ctypes.data, data.nbytes)
 
     def tokenizer(self, path: str | Path | None = None) -> Tokenizer:
         return Tokenizer(self._file if path is None else path)

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from llama.checkpoint.base import Checkpoint, Settings, check_dtypes
+from llama.checkpoint.base import Checkpoint, Settings, check_dtypes, release_tensor
 from llama.checkpoint.parameters import network_name, parameter_shapes
 from llama.checkpoint.pickled_weights import open_pickled_weights
 from llama.checkpoint.staging import Staging
@@ -117,6 +117,9 @@ class HuggingFaceCheckpoint(Checkpoint):
             heads = to_adjacent_pairs(tensor[first : -(-stop // head_size) * head_size], head_size)
             return heads[start - first : stop - first]
         return tensor.narrow(axis, start, stop - start)
+
+    def release(self, name: str) -> None:
+        release_tensor(self._tensors[name])
 
     def tokenizer(self, path: str | Path | None = None) -> Tokenizer:
         tokenizer = Tokenizer(self._tokenizer_file() if path is None else path)

@@ -18,9 +18,17 @@ from llama.errors import CheckpointError, InputError, MissingFileError
 from llama.files import listing, require_path
 from llama.model import Transformer
 from llama.model_args import ModelArgs
-from llama.quantized import Int4Weight, Int8Weight, QuantizedWeight, check_quantize, round_to_int4, round_to_int8
+from llama.quantized import (
+    BLOCK_ROWS,
+    Int4Weight,
+    Int8Weight,
+    QuantizedWeight,
+    check_quantize,
+    round_to_int4,
+    round_to_int8,
+)
 
-ROWS_AT_ONCE = 512  # of a matrix that is quantized; a multiple of what a block of packed weights has
+WEIGHTS_AT_ONCE = 2**20  # of a matrix that is quantized
 
 
 def open_checkpoint(ckpt_dir: str | Path | Checkpoint) -> Checkpoint:
@@ -142,6 +150,7 @@ def load_model(
         if quantization is None:
             read = checkpoint.read(name, *part)
             weight = nn.Parameter(read.to(device=device, dtype=dtype).contiguous())
+            checkpoint.release(name)
         else:
             weight = read_quantized(checkpoint, name, shapes[name], part, quantization, device=device, dtype=dtype)
         set_weight(model.get_submodule(name.removesuffix(".weight")), weight)
@@ -168,8 +177,8 @@ def read_quantized(
 ) -> QuantizedWeight:
     """This process's share of a matrix, in fewer bits.
 
-    Whole rows are rounded and then cut, so that the weights are the same for every number of processes, and only
-    `ROWS_AT_ONCE` at a time, so that little memory is needed.
+    Whole rows are rounded and then cut, so that the weights are the same for any number of processes, and few rows at a
+    time, so that little more memory is needed than for the result.
     """
     rows, columns = (range(n) for n in shape)
     if part.axis == 0:
@@ -178,12 +187,16 @@ def read_quantized(
         columns = columns[part.start : part.stop]
     kind = Int8Weight if quantization == "int8" else Int4Weight
     weight = kind(len(rows), len(columns), dtype=dtype, device=device)
-    for start in range(rows.start, rows.stop, ROWS_AT_ONCE):
-        whole = checkpoint.read(name, 0, start, min(start + ROWS_AT_ONCE, rows.stop))
-        first = start - rows.start
+    step = max(WEIGHTS_AT_ONCE // shape[1] // BLOCK_ROWS, 1) * BLOCK_ROWS
+    for first in range(0, len(rows), step):
+        start, stop = rows[first], rows[first : first + step].stop
         if isinstance(weight, Int8Weight):
-            values, scales = round_to_int8(whole, dtype)
+            values, scales = round_to_int8(checkpoint.read(name, 0, start, stop), dtype)
             weight.set_rows(first, values[:, columns.start : columns.stop], scales)
         else:
-            weight.set_rows(first, round_to_int4(whole[:, columns.start : columns.stop], dtype))
+            groups = checkpoint.read_int4(name, start, stop)
+            if groups is None:
+                groups = round_to_int4(checkpoint.read(name, 0, start, stop), dtype)
+            weight.set_rows(first, groups.columns(columns.start, columns.stop))
+        checkpoint.release(name)
     return weight

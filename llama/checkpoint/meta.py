@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import torch
 
-from llama.checkpoint.base import Checkpoint, Settings
+from llama.checkpoint.base import Checkpoint, Settings, release_tensor
 from llama.checkpoint.parameters import parameter_shapes, share, split_axis
 from llama.checkpoint.pickled_weights import open_pickled_weights
 from llama.checkpoint.staging import Staging
@@ -105,6 +105,10 @@ class MetaCheckpoint(Checkpoint):
                 parts.append(tensors[i].narrow(axis, start - starts[i], end - start))
                 start = end
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=file_axis or 0)
+
+    def release(self, name: str) -> None:
+        for shard in self._shards:
+            release_tensor(shard[name])
 
     def tokenizer(self, path: str | Path | None = None) -> Tokenizer:
         tokenizer = Tokenizer(self._tokenizer_file() if path is None else path)
