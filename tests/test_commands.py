@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 
+import gguf
 import pytest
 import torch
 from conftest import ROOT, tiny_model, torchrun, write_gguf, write_meta_checkpoint
@@ -249,7 +250,7 @@ def test_info_on_every_layout(runner, tmp_path, llama3_path):
     write_gguf(tmp_path / "model.gguf", small)
     assert runner.llama("convert", tmp_path / "model.gguf", tmp_path / "hf", "--layout", "hf").returncode == 0
     parameters = sum(weight.numel() for weight in small.parameters())
-    for path, layout in ((tmp_path / "model.gguf", "GGUF"), (tmp_path / "hf", "Hugging Face, 1 file of weights")):
+    for path, layout in ((tmp_path / "model.gguf", "GGUF, F32 100%"), (tmp_path / "hf", "Hugging Face, 1 file of weights")):
         printed = describe(path, "--dtype", "float32", "--max_seq_len", 64, "--max_batch_size", 3)
         chat_format = "ChatML, as its tokens tell: it comes with no template"
         assert (printed["layout"], printed["chat format"]) == (layout, chat_format)
@@ -259,6 +260,8 @@ def test_info_on_every_layout(runner, tmp_path, llama3_path):
         assert printed["tokenizer"] == "byte-level BPE, 320 tokens"
         assert printed["shape"].startswith("dim 128, 2 layers, 4 heads of 32 over 2 kv heads, feed-forward width")
         assert printed["this machine"].endswith("it fits")
+    write_gguf(tmp_path / "quantized.gguf", small, gguf.GGMLQuantizationType.Q4_0)  # but the norms
+    assert describe(tmp_path / "quantized.gguf", "--max_seq_len", 64)["layout"] == "GGUF, Q4_0 100%"
     meta = write_meta_checkpoint(tmp_path / "meta", tiny_model(vocab_size=524), llama3_path, 2)
     printed = describe(meta, "--nproc", 2, "--max_seq_len", 64)
     chat_format = "Llama 3, as its tokens tell: it comes with no template"
@@ -313,6 +316,7 @@ def test_the_default_model():
     described = start_llama("info")
     assert described.returncode == 0, described.stderr
     printed = by_first_column(described.stdout)
+    assert printed["layout"] == "GGUF, Q4_1 79%, Q8_0 21%"
     assert printed["parameters"] == "134,515,008"
     assert printed["chat format"] == "the model's own template, from tokenizer.chat_template"
     completed = start_llama("complete", "I believe the meaning of life is", *GREEDY)

@@ -254,7 +254,7 @@ def test_a_model_split_over_files(tmp_path, split, monkeypatch, capsys, small_fi
         assert torch.allclose(expected, twin(tokens).logits, rtol=0, atol=1e-4)
     runner = Runner(monkeypatch, capsys)
     described = [runner.llama("info", path, "--max_seq_len", 64).stdout.splitlines() for path in (unsplit, files[1])]
-    assert described[1][1].endswith(f"GGUF, {len(files)} files of weights")
+    assert described[1][1].endswith(f"GGUF, {len(files)} files of weights, F32 100%")
     assert described[0][2:7] == described[1][2:7]  # all but the files and the free memory
     assert described[0][6].startswith("tokenizer ")
     assert runner.llama("convert", files[0].parent, tmp_path / "converted", "--layout", "hf").returncode == 0

@@ -1,17 +1,20 @@
 """`llama info`: describes a checkpoint, and says whether it fits into memory."""
 
-import re
+import math
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 from llama.chat_format import ChatFormat, TemplateFormat
 from llama.checkpoint import Checkpoint, open_checkpoint, parameter_count, read_settings
+from llama.checkpoint.gguf import open_parts
 from llama.checkpoint.memory import LLAMA2_VOCAB_SIZE, cache_bytes, free_host_memory, weight_bytes
 from llama.default_model import default_checkpoint
 from llama.device import default_dtype, dtype_name, dtype_named
 from llama.errors import CheckpointError, InputError, MissingFileError
 from llama.files import require_path
+from llama.gguf_file import GGUFFile
 from llama.model_args import ModelArgs
 from llama.quantized import check_quantize
 from llama.sampling_params import check_number
@@ -86,7 +89,7 @@ def info(
 
 
 def describe_layout(path: Path) -> str:
-    """Name a checkpoint's layout, with the number of its files of weights."""
+    """Name a checkpoint's layout, with the number of its files of weights, and how a GGUF's weights are quantized."""
     for file, name, patterns in (
         ("params.json", "Meta", ("*.pth",)),
         ("config.json", "Hugging Face", ("*.safetensors", "pytorch_model*.bin")),
@@ -95,9 +98,13 @@ def describe_layout(path: Path) -> str:
             counts = [len(list(path.glob(pattern))) for pattern in patterns]
             count = next(filter(None, counts), 0)
             return f"{name}, {count} file{'s' * (count != 1)} of weights" if count else f"{name}, without weights"
-    first_file = path if path.is_file() else min(path.glob("*.gguf"))
-    split = re.search(r"-of-0*(\d+)\.gguf$", first_file.name)
-    return "GGUF" if split is None else f"GGUF, {split[1]} files of weights"
+    parts = open_parts(GGUFFile(path if path.is_file() else min(path.glob("*.gguf"))))
+    n_weights = Counter[str]()  # by how they are quantized, such as Q4_K
+    for tensor in (tensor for part in parts for tensor in part.tensors.values()):
+        n_weights[tensor.kind.name] += math.prod(tensor.shape)
+    kinds = [f"{kind} {count / n_weights.total():.0%}" for kind, count in n_weights.most_common()]
+    described = ", ".join(kind for kind in kinds if not kind.endswith(" 0%"))
+    return f"GGUF, {described}" if len(parts) == 1 else f"GGUF, {len(parts)} files of weights, {described}"
 
 
 def describe_model(args: ModelArgs, advised_seq_len: int | None) -> dict[str, str]:
