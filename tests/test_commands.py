@@ -250,7 +250,10 @@ def test_info_on_every_layout(runner, tmp_path, llama3_path):
     write_gguf(tmp_path / "model.gguf", small)
     assert runner.llama("convert", tmp_path / "model.gguf", tmp_path / "hf", "--layout", "hf").returncode == 0
     parameters = sum(weight.numel() for weight in small.parameters())
-    for path, layout in ((tmp_path / "model.gguf", "GGUF, F32 100%"), (tmp_path / "hf", "Hugging Face, 1 file of weights")):
+    for path, layout in (
+        (tmp_path / "model.gguf", "GGUF, F32 100%"),
+        (tmp_path / "hf", "Hugging Face, 1 file of weights"),
+    ):
         printed = describe(path, "--dtype", "float32", "--max_seq_len", 64, "--max_batch_size", 3)
         chat_format = "ChatML, as its tokens tell: it comes with no template"
         assert (printed["layout"], printed["chat format"]) == (layout, chat_format)

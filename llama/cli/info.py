@@ -58,7 +58,7 @@ def info(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch_dtype = dtype_named(dtype) or default_dtype(device, quantize)
     check_quantize(quantize, torch_dtype)
-    # A GGUF file is opened once. Other layouts have their settings in a small file, and their weights may be missing.
+    # Layouts other than GGUF have their settings in a small file, and their weights may be missing.
     has_settings_file = any((path / name).is_file() for name in ("params.json", "config.json"))
     checkpoint = None if has_settings_file else open_checkpoint(path)
     settings = read_settings(path) if checkpoint is None else checkpoint.settings
