@@ -101,7 +101,7 @@ def test_measures_ours_from_end_to_end(compare, tmp_path, monkeypatch):
     assert values["decode, batch 8, context 128"].keys() == contestants.keys()
     assert values["load + 2 tokens"]["ours"] > values["load + 1 token"]["ours"] > values["load"]["ours"]
     assert values[compare.FIRST_COMPILATION].keys() == {"ours compiled"}
-    assert list((tmp_path / "compiled").rglob("*.so"))  # it began with nothing, and kept this for the next process
+    assert list((tmp_path / "cache").rglob("*.pt2"))  # it began with nothing, and kept this for the next process
     assert list(compare.table(measured, "ours"))
 
 
