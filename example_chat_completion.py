@@ -14,6 +14,8 @@ def main(
     max_gen_len: int | None = None,
     max_batch_size: int = 4,
     stream: bool = False,
+    quantize: str | None = None,
+    compile: bool = False,
 ) -> None:
     """Answer a few chats.
 
@@ -29,12 +31,18 @@ def main(
         max_gen_len: maximum number of tokens of an answer; by default as many as max_seq_len allows
         max_batch_size: maximum number of chats that are answered at a time
         stream: print each answer while it is generated, one chat at a time
+        quantize: int8 or int4: keep the weights in 8 or 4 bits, which takes about a half or a third of the memory, and
+            loses some precision
+        compile: compile the decoding step of one answer at a time (see stream), so that it takes less time; compiling
+            takes some 10 to 30 s, but only the first time, since its result is kept on disk
     """
     generator = Llama.build(
         ckpt_dir=ckpt_dir or default_checkpoint(),
         tokenizer_path=tokenizer_path,
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
+        quantize=quantize,
+        compile=compile,
     )
     dialogs: list[Dialog] = [
         [{"role": "user", "content": "Give me a tagline for a new coffee shop."}],

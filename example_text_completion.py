@@ -14,6 +14,8 @@ def main(
     max_gen_len: int = 64,
     max_batch_size: int = 4,
     stream: bool = False,
+    quantize: str | None = None,
+    compile: bool = False,
 ) -> None:
     """Complete a few texts.
 
@@ -29,12 +31,18 @@ def main(
         max_gen_len: maximum number of tokens of a completion
         max_batch_size: maximum number of texts that are completed at a time
         stream: print each completion while it is generated, one text at a time
+        quantize: int8 or int4: keep the weights in 8 or 4 bits, which takes about a half or a third of the memory, and
+            loses some precision
+        compile: compile the decoding step of one completion at a time (see stream), so that it takes less time; compiling
+            takes some 10 to 30 s, but only the first time, since its result is kept on disk
     """
     generator = Llama.build(
         ckpt_dir=ckpt_dir or default_checkpoint(),
         tokenizer_path=tokenizer_path,
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
+        quantize=quantize,
+        compile=compile,
     )
     prompts = [
         "I believe the meaning of life is",

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from conftest import ROOT
 
 import llama.__main__
+from llama import Llama
 from llama.cli import run
 
 
@@ -38,6 +39,18 @@ def example(name: str) -> Callable[..., None]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main
+
+
+def record_builds(monkeypatch) -> list[tuple[object, object]]:
+    """The `quantize` and `compile` of each `Llama.build` from now on, in which nothing is compiled."""
+    builds, build = [], Llama.build
+
+    def record(*args, quantize=None, compile=False, **options) -> Llama:
+        builds.append((quantize, compile))
+        return build(*args, quantize=quantize, **options)
+
+    monkeypatch.setattr(Llama, "build", staticmethod(record))
+    return builds
 
 
 class Runner:

@@ -307,6 +307,7 @@ def test_control_characters_are_escaped():
     [
         (["--temperature", "-1"], "error: temperature=-1 must be a number of at least 0"),
         (["--seed", "x"], "error: seed='x' must be a whole number"),
+        (["--quantize", "int5"], "error: quantize='int5' must be one of ['int8', 'int4']"),
         (["--chat_format", "alpaca"], "error: chat_format='alpaca' must be one of ['llama2', 'llama3', 'chatml']"),
         (["--sytem", "x"], "error: llama chat: unknown option '--sytem'; did you mean --system?"),
     ],

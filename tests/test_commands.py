@@ -14,7 +14,7 @@ import gguf
 import pytest
 import torch
 from conftest import ROOT, tiny_model, torchrun, write_gguf, write_meta_checkpoint
-from run_command import Runner, Stdin
+from run_command import Runner, Stdin, record_builds
 from test_real_shapes import MODELS, model  # noqa: F401 - a fixture: the settings of published models
 
 from llama import Llama
@@ -86,6 +86,8 @@ def test_it_is_installed_as_llama():
         (["complete", "--ckpt_dir", "--top_p", "1"], 2, "error: llama complete: --ckpt_dir needs a value; see --help"),
         (["complete", "The", "sun"], 2, "error: llama complete: unexpected argument 'sun'; see --help"),
         (["complete", "hi", "--ckpt_dir", "/nowhere"], 1, "error: ckpt_dir='/nowhere' does not exist"),
+        (["complete", "hi", "--quantize", "int5"], 1, "error: quantize='int5' must be one of ['int8', 'int4']"),
+        (["complete", "hi", "--quantize", "--compile"], 2, "error: llama complete: --quantize needs a value"),
         (["complete", "hi", "--seed", "x"], 1, "error: seed='x' must be a whole number"),
         (["info", ".", "--max_batch_size", "x"], 1, "error: max_batch_size='x' must be a whole number of at least 1"),
         (["info", ".", "--dtype", "int3"], 1, "error: dtype='int3' must be one of ['float32', 'float16', 'bfloat16']"),
@@ -160,6 +162,25 @@ def test_complete_as_json(runner, tiny_checkpoint):
         assert len(printed["logprobs"]) == 9
         plain = runner.llama("complete", *args, *options, stdin=stdin)
         assert plain.stdout == expected["generation"] + "\n"
+
+
+def test_complete_with_quantized_weights(runner, tiny_checkpoint):
+    for quantize in QUANTIZATIONS:
+        result = runner.llama("complete", "the user", "--ckpt_dir", tiny_checkpoint, *GREEDY, "--quantize", quantize)
+        llama = Llama.build(tiny_checkpoint, None, 96, 1, dtype=torch.float32, quantize=quantize)
+        (expected,) = llama.text_completion(["the user"], 0, max_gen_len=9)
+        assert (result.returncode, result.stdout) == (0, expected["generation"] + "\n"), result.stderr
+
+
+@pytest.mark.parametrize("command", ["chat", "complete", "inspect"])
+def test_how_weights_are_kept_and_whether_steps_are_compiled(runner, tiny_checkpoint, monkeypatch, command):
+    builds = record_builds(monkeypatch)
+    options = ["--ckpt_dir", tiny_checkpoint, "--max_gen_len", "2", "--max_seq_len", "512"]
+    assert runner.llama(command, *options, stdin="the user\n").returncode == 0
+    compiles = ["--compile"] if command != "inspect" else []  # which decodes a few tokens at most
+    result = runner.llama(command, *options, "--quantize", "int8", *compiles, stdin="the user\n")
+    assert result.returncode == 0, result.stderr
+    assert builds == [(None, False), ("int8", bool(compiles))]
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from conftest import run_python, torchrun
-from run_command import Runner, example
+from run_command import Runner, example, record_builds
 
 from llama.default_model import default_checkpoint
 
@@ -73,6 +73,17 @@ def test_every_option(runner, tiny_checkpoint, name, caplog):
 
 
 @pytest.mark.parametrize("name", [TEXT, CHAT])
+def test_how_weights_are_kept_and_whether_steps_are_compiled(runner, tiny_checkpoint, monkeypatch, name):
+    builds = record_builds(monkeypatch)
+    options = ["--ckpt_dir", tiny_checkpoint, "--max_gen_len", "2", "--max_seq_len", "512"]
+    assert runner.run(example(name), *options).returncode == 0
+    result = runner.run(example(name), *options, "--quantize", "int4", "--compile")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(SEPARATOR) == 4
+    assert builds == [(None, False), ("int4", True)]
+
+
+@pytest.mark.parametrize("name", [TEXT, CHAT])
 def test_a_stream_prints_the_same(runner, tiny_checkpoint, name):
     options = ["--ckpt_dir", tiny_checkpoint, "--temperature", "0", "--max_gen_len", "20", "--max_seq_len", "512"]
     whole = runner.run(example(name), *options)
@@ -87,7 +98,7 @@ def test_help(runner, name):
     result = runner.run(example(name), "--help")
     assert (result.returncode, result.stderr) == (0, "")
     options = ["ckpt_dir", "tokenizer_path", "temperature", "top_p", "max_seq_len", "max_gen_len", "max_batch_size"]
-    for option in [*options, "stream"]:
+    for option in [*options, "stream", "quantize", "compile"]:
         assert f"--{option}=" in result.stdout
     assert "Without arguments this runs SmolLM2-135M-Instruct" in result.stdout
 
@@ -97,6 +108,7 @@ def test_help(runner, name):
     [
         (["--temprature", "0"], "unknown option '--temprature'; did you mean --temperature?", 2),
         (["--ckpt_dir", "/nowhere"], "error: ckpt_dir='/nowhere' does not exist", 1),
+        (["--ckpt_dir", ".", "--quantize", "int5"], r"error: quantize='int5' must be one of \['int8', 'int4'\]", 1),
         (["--ckpt_dir", "--tokenizer_path", "x"], "error: .*: --ckpt_dir needs a value", 2),
         (["--ckpt_dir", "."], r"error: no checkpoint in ckpt_dir='\.': looked for \*\.pth", 1),
     ],

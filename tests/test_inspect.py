@@ -317,6 +317,7 @@ def test_in_a_process_of_its_own(tiny_checkpoint):
         (["x", "--temprature", "0"], "unknown option '--temprature'; did you mean --temperature?", 2),
         (["x", "--top_p", "2"], "error: top_p=2 must be a number between 0 and 1", 1),
         (["x", "--alternatives", "0"], "error: alternatives=0 must be a whole number of at least 1", 1),
+        (["x", "--quantize", "int5", "--ckpt_dir", "."], "error: quantize='int5' must be one of ['int8', 'int4']", 1),
         (["x", "--html", "/nowhere/page.html"], "does not exist; ", 1),
         (["x", "--html", "/"], "error: html='/' must be the name of a file in a folder", 1),
         (["x", "--html"], "error: llama inspect: --html needs a value; see --help", 2),

@@ -8,6 +8,7 @@ from llama.checkpoint import open_checkpoint
 from llama.default_model import default_checkpoint
 from llama.device import dtype_named
 from llama.generation import Llama
+from llama.quantized import check_quantize
 
 logger = logging.getLogger("llama")
 
@@ -21,6 +22,8 @@ def build_llama(
     dtype: str | None,
     seed: int | None,
     chat_format: str | None = None,
+    quantize: str | None = None,
+    compile: bool = False,
 ) -> Llama:
     """Build a `Llama` for one prompt at a time, from a command's options.
 
@@ -29,14 +32,16 @@ def build_llama(
         tokenizer_path: the tokenizer file; None for the checkpoint's own.
         max_seq_len: the context size in tokens; None for `DEFAULT_MAX_SEQ_LEN`, or the model's own maximum if that is
             smaller.
-        dtype: the name of a dtype; None for the default of the device.
+        dtype: the name of a dtype; None for the default of the device, and of `quantize`.
         seed: the random seed; None for a different one each time.
         chat_format: the name of a chat format; None for the model's own.
+        quantize, compile: see `Llama.build`.
 
     Raises:
         See `Llama.build`.
     """
     torch_dtype = dtype_named(dtype)
+    check_quantize(quantize, torch_dtype)
     format_class = None if chat_format is None else named_format(chat_format)
     checkpoint = open_checkpoint(default_checkpoint() if ckpt_dir is None else ckpt_dir)
     if format_class is not None:
@@ -51,6 +56,8 @@ def build_llama(
         max_batch_size=1,
         seed=secrets.randbits(63) if seed is None else seed,
         dtype=torch_dtype,
+        quantize=quantize,
+        compile=compile,
     )
     if format_class is not None:
         llama.formatter = format_class(llama.tokenizer)

@@ -66,6 +66,8 @@ def chat(
     seed: int | None = None,
     max_seq_len: int | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
+    compile: bool = False,
     chat_format: str | None = None,
 ) -> None:
     """Talk with a model. In the conversation, /help lists the commands.
@@ -83,14 +85,20 @@ def chat(
         seed: random seed: the same seed samples the same tokens; by default a different one each time
         max_seq_len: size of the context: how many tokens of the conversation the model sees; by default 4096, or the
             model's own maximum if that is smaller
-        dtype: float32, float16 or bfloat16; by default bfloat16 if the device supports it, else float16 on CUDA and
-            float32 on the CPU
+        dtype: float32, float16 or bfloat16; by default bfloat16 if the device supports it or with quantize, else
+            float16 on CUDA and float32 on the CPU
+        quantize: int8 or int4: keep the weights in 8 or 4 bits, which takes about a half or a third of the memory, and
+            loses some precision
+        compile: compile the decoding step, so that it takes less time; compiling takes some 10 to 30 s, but only the first
+            time, since its result is kept on disk
         chat_format: llama2, llama3 or chatml; by default the chat template that the model's files carry, or without one
             the format that its control tokens tell
     """
     # Checks the options before the model is loaded, which may take minutes.
     SamplingParams(1 if max_gen_len is None else max_gen_len, temperature, top_p, seed=seed)
-    llama = build_llama(ckpt_dir, tokenizer_path, max_seq_len, dtype, seed, chat_format)
+    llama = build_llama(
+        ckpt_dir, tokenizer_path, max_seq_len, dtype, seed, chat_format, quantize=quantize, compile=compile
+    )
     formatter = cast(ChatFormat, llama.formatter)  # raises InputError if the model has no chat format
     broadcast_object = object_broadcaster()
     if not is_first_rank():

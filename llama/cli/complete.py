@@ -20,6 +20,8 @@ def complete(
     seed: int | None = None,
     max_seq_len: int | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
+    compile: bool = False,
     json: bool = False,
 ) -> None:
     """Continue a text, printing the continuation while it is generated.
@@ -39,15 +41,19 @@ def complete(
         seed: random seed: the same seed samples the same tokens; by default a different one each time
         max_seq_len: maximum number of tokens of text and continuation together; by default 4096, or the model's own
             maximum if that is smaller
-        dtype: float32, float16 or bfloat16; by default bfloat16 if the device supports it, else float16 on CUDA and
-            float32 on the CPU
+        dtype: float32, float16 or bfloat16; by default bfloat16 if the device supports it or with quantize, else
+            float16 on CUDA and float32 on the CPU
+        quantize: int8 or int4: keep the weights in 8 or 4 bits, which takes about a half or a third of the memory, and
+            loses some precision
+        compile: compile the decoding step, so that it takes less time; compiling takes some 10 to 30 s, but only the first
+            time, since its result is kept on disk
         json: print one JSON object instead, with the keys prompt, generation, tokens and logprobs
     """
     prompt = text_or_stdin(text)
     options: SamplingOptions = {"top_k": top_k, "stop": stop}
     # Checks the options before the model is loaded, which may take minutes.
     SamplingParams(max_gen_len, temperature, top_p, top_k=top_k, stop=stop, seed=seed)
-    llama = build_llama(ckpt_dir, tokenizer_path, max_seq_len, dtype, seed)
+    llama = build_llama(ckpt_dir, tokenizer_path, max_seq_len, dtype, seed, quantize=quantize, compile=compile)
     if json:
         (prediction,) = llama.text_completion([prompt], temperature, top_p, max_gen_len, logprobs=True, **options)
         print(json_format.dumps({"prompt": prompt, **prediction}, ensure_ascii=False))

@@ -44,6 +44,7 @@ def inspect(
     seed: int | None = None,
     max_seq_len: int | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     alternatives: int = 5,
     html: str | None = None,
 ) -> None:
@@ -63,8 +64,10 @@ def inspect(
         seed: random seed: the same seed samples the same tokens; by default a different one each time
         max_seq_len: maximum number of tokens of text and continuation together; by default 4096, or the model's own
             maximum if that is smaller
-        dtype: float32, float16 or bfloat16; by default bfloat16 if the device supports it, else float16 on CUDA and
-            float32 on the CPU
+        dtype: float32, float16 or bfloat16; by default bfloat16 if the device supports it or with quantize, else
+            float16 on CUDA and float32 on the CPU
+        quantize: int8 or int4: keep the weights in 8 or 4 bits, which takes about a half or a third of the memory, and
+            loses some precision
         alternatives: how many of the most likely tokens to list at each position
         html: write an HTML page to this file, instead of printing to the terminal
     """
@@ -74,7 +77,7 @@ def inspect(
     file = None if html is None else writable_file(html, "html")
     prompt = text_or_stdin(text)
     checkpoint = str(default_checkpoint()) if ckpt_dir is None else ckpt_dir
-    llama = build_llama(checkpoint, tokenizer_path, max_seq_len, dtype, seed)
+    llama = build_llama(checkpoint, tokenizer_path, max_seq_len, dtype, seed, quantize=quantize)
     model, tokenizer = cast(Transformer, llama.model), cast(Tokenizer, llama.tokenizer)  # as `Llama.build` makes them
     tokens = tokenizer.encode(prompt, bos=tokenizer.add_bos, eos=False)
     if not tokens:
