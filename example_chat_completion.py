@@ -33,8 +33,8 @@ def main(
         stream: print each answer while it is generated, one chat at a time
         quantize: int8 or int4: keep the weights in 8 or 4 bits, which takes about a half or a third of the memory, and
             loses some precision
-        compile: compile the decoding step of one answer at a time (see stream), so that it takes less time; compiling
-            takes some 10 to 30 s, but only the first time, since its result is kept on disk
+        compile: compile the decoding step of one answer at a time (see stream), so that it takes less time;
+            compiling takes some 10 to 30 s, and only the first time, since its result is kept on disk
     """
     generator = Llama.build(
         ckpt_dir=ckpt_dir or default_checkpoint(),

@@ -45,8 +45,8 @@ def complete(
             float16 on CUDA and float32 on the CPU
         quantize: int8 or int4: keep the weights in 8 or 4 bits, which takes about a half or a third of the memory, and
             loses some precision
-        compile: compile the decoding step, so that it takes less time; compiling takes some 10 to 30 s, but only the first
-            time, since its result is kept on disk
+        compile: compile the decoding step, so that it takes less time; compiling takes some 10 to 30 s, and only the
+            first time, since its result is kept on disk
         json: print one JSON object instead, with the keys prompt, generation, tokens and logprobs
     """
     prompt = text_or_stdin(text)
