@@ -74,13 +74,19 @@ def test_programs_of_decoding(capsys):
 
 
 @pytest.mark.real
+def test_program_of_speed(capsys):
+    (printed,) = run_programs("docs/speed.md", capsys)
+    assert "Paris" in printed
+
+
+@pytest.mark.real
 def test_program_of_checkpoints(capsys):
     assert run_programs("docs/checkpoints.md", capsys) == blocks("text", "docs/checkpoints.md")
 
 
 def test_every_program_is_run():
     with_programs = {document for document in DOCUMENTS if blocks("python", document)}
-    assert with_programs == {"README.md", "docs/decoding.md", "docs/checkpoints.md"}
+    assert with_programs == {"README.md", "docs/decoding.md", "docs/checkpoints.md", "docs/speed.md"}
     assert len(CONSOLE_SESSIONS) >= 4
 
 
