@@ -205,7 +205,8 @@ def measure(
     """Measure one model in one group of contestants.
 
     Returns:
-        The circumstances, and "values": case -> contestant -> a value (seconds or bytes) for each round.
+        The circumstances, and "values": case -> contestant -> a value (seconds or bytes) for each round; only one of
+        what is measured once.
     """
     dtype = "float32" if group == "float32" else "bfloat16"
     layouts = {contestant.layout for contestant in contestants.values()}
@@ -231,6 +232,8 @@ def measure(
     for i in range(rounds):
         rates.append(machine_rates(getattr(torch, dtype)))
         for case, request in CASES.items():
+            if case in MEMORY and i > 0:  # it hardly varies
+                continue
             for name, worker in workers.items():
                 if is_measured(model, group, contestants[name], case):
                     values.setdefault(case, {}).setdefault(name, []).append(worker.ask(request))
