@@ -298,6 +298,7 @@ def test_info_on_every_layout(runner, tmp_path, llama3_path):
 @pytest.mark.parametrize("quantize", QUANTIZATIONS)
 def test_info_on_a_quantized_model(runner, tmp_path, llama3_path, monkeypatch, quantize):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {}, raising=False)  # float32 without quantize
     meta = write_meta_checkpoint(tmp_path, tiny_model(vocab_size=524), llama3_path)
     for options, dtype in (([], torch.bfloat16), (["--dtype", "float32"], torch.float32)):
         for nproc in (1, 2):
