@@ -8,7 +8,6 @@ memory's: torch has kernels that multiply with the few bits as they are. To pref
 so a weight is expanded, used and dropped, a few rows at a time, so that they stay in the processor's cache.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -17,20 +16,23 @@ from torch import nn
 
 from llama.cpu_matmul import ONEDNN, linear
 from llama.errors import InputError
+from llama.int4_packing import CHUNK_ROWS, INT4_ROWS, best_packing, pack, unpack
 
 QUANTIZATIONS = ("int8", "int4")
 GROUP_SIZE = 32  # weights that share a scale and a zero in 4 bits, as in the blocks of GGUF files
-INT4_ROWS = 16  # torch's 4-bit kernel takes this many output rows at a time
-INT8_COLUMNS = 16  # torch's 8-bit kernel takes this many input features at a time, and reads beyond the last
-FEW_ROWS = 16  # up to this many rows of x torch's kernels are faster than expanding: 40 in 4 bits, 12 in 8
-CACHED_WEIGHTS = 2**19  # weights that are expanded at a time on a CPU: 1 MB in bfloat16
-BLOCK_ROWS = 64  # output rows; packed weights can be divided at multiples of this
+PARTS_OF_RANGE = (1, 0.95, 0.9, 0.85)  # of a group's weights, over which its 16 values may be spread
 
+# Up to so many rows of x, torch's products with few bits are faster than those with an expanded weight. Measured in
+# bfloat16 with AVX-512 (40 rows in 4 bits, 12 in 8) and with AVX2 (100 and 30); in float32 and float16 they are slower
+# even for one row. On CUDA it is an estimate.
+FEW_ROWS = {"cpu": 16, "cuda": 128}
+INT8_COLUMNS = 16  # torch's 8-bit product takes this many input features at a time, and reads beyond the last
+EXPANDED_AT_ONCE = 2**19  # weights: 1 MB in bfloat16, which the cache of a processor's core holds
 
-# The two kernels, and what packs weights for the second: parts of torch that have no other names.
-int8_kernel = torch.ops.aten._weight_int8pack_mm  # noqa: SLF001
-int4_kernel = torch.ops.aten._weight_int4pack_mm_for_cpu  # noqa: SLF001
-pack_int4 = torch.ops.aten._convert_weight_to_int4pack_for_cpu  # noqa: SLF001
+# Parts of torch that have no other names.
+int8_product = torch.ops.aten._weight_int8pack_mm  # noqa: SLF001
+int4_product_on_cpu = torch.ops.aten._weight_int4pack_mm_for_cpu  # noqa: SLF001
+int4_product_on_cuda = torch.ops.aten._weight_int4pack_mm  # noqa: SLF001
 
 
 def check_quantize(quantize: str | None, dtype: torch.dtype | None) -> None:
@@ -96,12 +98,14 @@ class Int8Weight(QuantizedWeight):
         self.scales[first : first + len(scales)] = scales.to(self.scales.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if has_kernel(x) and self.in_features % INT8_COLUMNS == 0:
-            y = int8_kernel(x.reshape(-1, self.in_features).contiguous(), self.values, self.scales)
+        if x.is_cpu and has_few_rows(x) and self.in_features % INT8_COLUMNS == 0:
+            y: torch.Tensor = int8_product(x.reshape(-1, self.in_features).contiguous(), self.values, self.scales)
             return y.view(*x.shape[:-1], self.out_features)
         if x.is_cpu:
             return expanded_product(x, self.values, self.scales)
-        return F.linear(x, self.dequantize())
+        if x.dtype == torch.float16:  # sums of products with whole numbers up to 127 could exceed its range
+            return F.linear(x, self.dequantize())
+        return F.linear(x, self.values.to(x.dtype)) * self.scales
 
     def rows(self, tokens: torch.Tensor) -> torch.Tensor:
         """Rows of the matrix, as the vectors of an embedding: (...) int64 -> (..., in_features)."""
@@ -117,8 +121,10 @@ class Int4Weight(QuantizedWeight):
     Args:
         out_features, in_features: the matrix's sizes, multiples of 16 and 32.
         dtype: of scales and zeros, and of the activations.
-        device: where it is kept. The bits are in the order that this device's kernel takes: they can't be moved to a
-            device of another type.
+        device: where it is kept, and stays: its order is the one that this device's product takes.
+
+    Raises:
+        InputError: at a product, if it has been moved to a device of another type.
     """
 
     packed: torch.Tensor
@@ -126,37 +132,53 @@ class Int4Weight(QuantizedWeight):
 
     def __init__(self, out_features: int, in_features: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(out_features, in_features)
+        self.device_type = device.type
+        self.packing = best_packing(device, dtype)
         n_groups = in_features // GROUP_SIZE
-        self.register_buffer("packed", torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device))
+        block = pack(torch.zeros(INT4_ROWS, in_features, dtype=torch.uint8, device=device), self.packing)
+        shape = (out_features * len(block) // INT4_ROWS, *block.shape[1:])
+        self.register_buffer("packed", torch.empty(shape, dtype=block.dtype, device=device))
         self.register_buffer("scales_and_zeros", torch.empty(n_groups, out_features, 2, dtype=dtype, device=device))
 
     def set_rows(self, first: int, groups: "Int4Groups") -> None:
-        """Fill the rows from `first` on, a multiple of 64: see `round_to_int4`."""
+        """Fill the rows from `first` on, a multiple of `CHUNK_ROWS`: see `round_to_int4`."""
         last = first + len(groups.values)
-        self.packed[first:last] = pack_int4(groups.values.int(), 1)
+        packed = pack(groups.values.to(self.packed.device), self.packing)
+        start = first * len(packed) // len(groups.values)
+        self.packed[start : start + len(packed)] = packed
         self.scales_and_zeros[:, first:last, 0] = groups.scales.T
         self.scales_and_zeros[:, first:last, 1] = groups.zeros.T
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if has_kernel(x):
+        self._check_device()
+        if has_few_rows(x) and self.packing != "pairs":
+            product = int4_product_on_cpu if x.is_cpu else int4_product_on_cuda
             x2d = x.reshape(-1, self.in_features).contiguous()
-            y = int4_kernel(x2d, self.packed, GROUP_SIZE, self.scales_and_zeros)
+            y: torch.Tensor = product(x2d, self.packed, GROUP_SIZE, self.scales_and_zeros)
             return y.view(*x.shape[:-1], self.out_features)
         if x.is_cpu:
             return expanded_product(x, self.packed, self.scales_and_zeros)
         return F.linear(x, self.dequantize())
 
     def dequantize(self) -> torch.Tensor:
-        return expand_int4(self.packed, self.scales_and_zeros, self.dtype)
+        self._check_device()
+        return expand_int4(unpack(self.packed, self.packing), self.scales_and_zeros)
+
+    def _check_device(self) -> None:
+        if self.packed.device.type != self.device_type:
+            raise InputError(
+                f"weights of 4 bits that were packed for {self.device_type} can't be used on {self.packed.device}: "
+                f"build the model with device={self.packed.device.type!r}"
+            )
 
 
-def has_kernel(x: torch.Tensor) -> bool:
-    """Whether torch has a kernel that multiplies x with a quantized weight faster than with the expanded one."""
-    return x.is_cpu and x.dtype == torch.bfloat16 and 0 < x.numel() // x.shape[-1] <= FEW_ROWS
+def has_few_rows(x: torch.Tensor) -> bool:
+    """Whether torch's products with few bits are the fastest way to multiply x."""
+    return x.dtype == torch.bfloat16 and 0 < x.numel() // x.shape[-1] <= FEW_ROWS.get(x.device.type, 0)
 
 
 def expanded_product(x: torch.Tensor, bits: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """`x @ weight.T`, with a weight that is expanded some rows at a time.
+    """`x @ weight.T` on the CPU, with a weight that is expanded some rows at a time.
 
     Args:
         x: (..., in_features)
@@ -174,11 +196,13 @@ def expanded_product(x: torch.Tensor, bits: torch.Tensor, scales: torch.Tensor) 
 def _expanded_product(x: torch.Tensor, bits: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     y = x.new_empty(len(x), len(bits))
     x = x.to(fast_dtype(x))
-    for rows in row_chunks(len(bits), x.shape[1]):
+    n_rows = max(EXPANDED_AT_ONCE // x.shape[1] // CHUNK_ROWS, 1) * CHUNK_ROWS
+    for first in range(0, len(bits), n_rows):
+        rows = slice(first, first + n_rows)
         if bits.dtype == torch.int8:
             y[:, rows] = linear(x, bits[rows].to(x.dtype)) * scales[rows]
         else:
-            y[:, rows] = linear(x, expand_int4(bits[rows], scales[:, rows], x.dtype))
+            y[:, rows] = linear(x, expand_int4(unpack(bits[rows], "cpu"), scales[:, rows].to(x.dtype)))
     return y
 
 
@@ -188,59 +212,25 @@ torch.library.custom_op("llama::expanded_product", _expanded_product, mutates_ar
 )
 
 
-def row_chunks(out_features: int, in_features: int) -> list[slice]:
-    """The rows of a weight that are expanded at a time."""
-    n_rows = max(CACHED_WEIGHTS // in_features // BLOCK_ROWS, 1) * BLOCK_ROWS
-    return [slice(first, min(first + n_rows, out_features)) for first in range(0, out_features, n_rows)]
-
-
 def fast_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which this CPU multiplies x with a matrix fastest: bfloat16 if it has it, else float32."""
     has_bfloat16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001
     return torch.bfloat16 if x.dtype == torch.bfloat16 and has_bfloat16 else torch.float32
 
 
-def expand_int4(packed: torch.Tensor, scales_and_zeros: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Some rows of a weight, from the buffers of an `Int4Weight`: (rows, in_features) in `dtype`, not contiguous."""
-    weight = unpack_int4(packed).to(dtype).unflatten(0, (-1, GROUP_SIZE))  # (n_groups, 32, rows)
-    scales, zeros = scales_and_zeros.to(dtype).permute(2, 0, 1).contiguous().unsqueeze(2)  # (n_groups, 1, rows)
-    return torch.addcmul(zeros, weight, scales, out=weight).flatten(0, 1).T
+def expand_int4(values: torch.Tensor, scales_and_zeros: torch.Tensor) -> torch.Tensor:
+    """The weights that 4 bits stand for.
 
-
-def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
-    """What `pack_int4` has packed, less 8: (rows, in_features / 2) uint8 -> (in_features, rows) int8."""
-    n_rows, in_features = len(packed), 2 * packed.shape[1]
-    values = packed.new_empty(in_features, n_rows)
-    for first, last, block, halves in packed_blocks(n_rows):
-        blocks = packed[first:last].view(-1, in_features, block // 2).transpose(0, 1)
-        values[:, first:last] = torch.stack([blocks & 0xF, blocks >> 4], dim=2 if halves else 3).flatten(1)
-    return values.view(torch.int8).sub_(8)
-
-
-@functools.cache
-def packed_blocks(n_rows: int) -> list[tuple[int, int, int, bool]]:
-    """The order in which `pack_int4` packs a matrix, which is this processor's, found by packing a few marks.
-
-    A block of rows is packed column by column, two rows in a byte. The last rows, too few for a block, make up another.
+    Args:
+        values: (in_features, rows) int8, from -8 to 7.
+        scales_and_zeros: (n_groups, rows, 2)
 
     Returns:
-        For each size of a block: the first row, and the one after the last; the rows of a block; whether the low bits
-        of its bytes hold its first half and the high bits its second half, or else each byte two neighbouring rows.
-
-    Raises:
-        NotImplementedError: a later torch packs in another way.
+        (rows, in_features) in the dtype of the scales, not contiguous.
     """
-    marks = torch.zeros(n_rows, 2, dtype=torch.int32, device="cpu")
-    marks[1, 0], marks[:, 1] = 0xF, 0x7
-    packed = pack_int4(marks, 1).flatten().tolist()
-    block = 2 * packed.index(0x77)  # where the second column begins
-    if packed[:2] not in ([0x00, 0x0F], [0xF0, 0x00]):
-        raise NotImplementedError(f"torch {torch.__version__} packs weights of 4 bits in an unknown order here")
-    last = n_rows // block * block
-    parts = [(0, last, block, packed[0] == 0)]
-    if last < n_rows:
-        parts += [(first + last, end + last, *part) for first, end, *part in packed_blocks(n_rows - last)]
-    return parts
+    scales, zeros = scales_and_zeros.permute(2, 0, 1).contiguous().unsqueeze(2)  # (n_groups, 1, rows)
+    weight = values.to(scales.dtype).unflatten(0, (-1, GROUP_SIZE))  # (n_groups, 32, rows)
+    return torch.addcmul(zeros, weight, scales, out=weight).flatten(0, 1).T
 
 
 class Int4Groups(NamedTuple):
@@ -281,14 +271,29 @@ def round_to_int8(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tenso
 def round_to_int4(weight: torch.Tensor, dtype: torch.dtype) -> Int4Groups:
     """Round rows of weights to 4 bits. A group with a weight that is NaN or infinite gets a scale that is.
 
+    The 16 values of a group are spread evenly over the range of its weights, or over a little less of it where that
+    lowers the sum of the squared errors: a few weights are then far off, and the others nearer.
+
     Args:
         weight: (rows, in_features), in_features a multiple of 32.
         dtype: that scales and zeros will be kept in.
     """
     groups = weight.float().unflatten(1, (-1, GROUP_SIZE))  # (rows, n_groups, 32)
-    low, high = groups.aminmax(dim=2)
-    scales = ((high - low) / 15).to(dtype).float()
-    zeros = (low + 8 * scales).to(dtype).float()
-    divisors = scales.masked_fill(scales == 0, 1)
-    values = ((groups - zeros[..., None]) / divisors[..., None]).round_().add_(8).clamp_(0, 15)
-    return Int4Groups(values.to(torch.uint8).flatten(1), scales, zeros)
+    low, high = groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True)
+
+    def rounded(scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        return (groups - zeros).div_(scales.masked_fill(scales == 0, 1)).round_().clamp_(-8, 7)
+
+    best: list[torch.Tensor] = []
+    for part in PARTS_OF_RANGE:
+        scales = ((high - low) * (part / 15)).to(dtype).float()  # (rows, n_groups, 1)
+        zeros = ((low + high + scales) / 2).to(dtype).float()  # the middle of the range lies between the values 7 and 8
+        errors = rounded(scales, zeros).mul_(scales).add_(zeros).sub_(groups).square_().sum(dim=2, keepdim=True)
+        result = [errors, scales, zeros]
+        if best:
+            is_better = errors < best[0]
+            result = [torch.where(is_better, ours, others) for ours, others in zip(result, best, strict=True)]
+        best = result
+    _, scales, zeros = best
+    values = rounded(scales, zeros).nan_to_num_(0).add_(8).to(torch.uint8)
+    return Int4Groups(values.flatten(1), scales.squeeze(2), zeros.squeeze(2))

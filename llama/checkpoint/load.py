@@ -16,10 +16,10 @@ from llama.checkpoint.progress import progress
 from llama.distributed import model_parallel_rank, model_parallel_size
 from llama.errors import CheckpointError, InputError, MissingFileError
 from llama.files import listing, require_path
+from llama.int4_packing import CHUNK_ROWS
 from llama.model import Transformer
 from llama.model_args import ModelArgs
 from llama.quantized import (
-    BLOCK_ROWS,
     Int4Weight,
     Int8Weight,
     QuantizedWeight,
@@ -28,7 +28,7 @@ from llama.quantized import (
     round_to_int8,
 )
 
-WEIGHTS_AT_ONCE = 2**20  # of a matrix that is quantized
+WEIGHTS_AT_ONCE = 2**18  # of a matrix that is quantized: 1 MB in float32
 
 
 def open_checkpoint(ckpt_dir: str | Path | Checkpoint) -> Checkpoint:
@@ -150,7 +150,8 @@ def load_model(
         if quantization is None:
             read = checkpoint.read(name, *part)
             weight = nn.Parameter(read.to(device=device, dtype=dtype).contiguous())
-            checkpoint.release(name)
+            if quantize is not None:
+                checkpoint.release(name)
         else:
             weight = read_quantized(checkpoint, name, shapes[name], part, quantization, device=device, dtype=dtype)
         set_weight(model.get_submodule(name.removesuffix(".weight")), weight)
@@ -187,7 +188,7 @@ def read_quantized(
         columns = columns[part.start : part.stop]
     kind = Int8Weight if quantization == "int8" else Int4Weight
     weight = kind(len(rows), len(columns), dtype=dtype, device=device)
-    step = max(WEIGHTS_AT_ONCE // shape[1] // BLOCK_ROWS, 1) * BLOCK_ROWS
+    step = max(WEIGHTS_AT_ONCE // shape[1] // CHUNK_ROWS, 1) * CHUNK_ROWS
     for first in range(0, len(rows), step):
         start, stop = rows[first], rows[first : first + step].stop
         if isinstance(weight, Int8Weight):

@@ -9,8 +9,9 @@ from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
+from llama.int4_packing import INT4_ROWS
 from llama.model_args import ModelArgs
-from llama.quantized import GROUP_SIZE, INT4_ROWS
+from llama.quantized import GROUP_SIZE
 
 # The axis along which a parameter is split over files and processes; norms are replicated.
 SPLIT_AXIS = {"tok_embeddings": 0, "output": 0, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0}
