@@ -85,7 +85,7 @@ def gather_parameters(model: Transformer) -> Iterator[tuple[str, torch.Tensor]]:
     for name, shape in parameter_shapes(args).items():
         weight = model.get_submodule(name.removesuffix(".weight")).weight
         if isinstance(weight, QuantizedWeight):
-            tensor = weight.dequantize().contiguous()
+            tensor = weight.dequantize().contiguous()  # gather may take its numbers in the order of memory
         else:
             tensor = model.get_parameter(name).detach()
         shares = [share(name, shape, args, rank, size) for rank in range(size)]
