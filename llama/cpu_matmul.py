@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from llama.fused import matrix_times_vector
+
 MKL = torch.backends.mkl.is_available()
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 SLICED_ROWS = 4  # in float32: up to this many rows MKL with slices is faster, with more oneDNN
@@ -36,9 +38,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Returns:
         (..., out_features)
     """
-    if x.dtype != torch.float32 or not x.is_cpu or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return F.linear(x, weight)
     rows = x.numel() // x.shape[-1]
+    if torch.compiler.is_compiling():
+        one_row = rows == 1 and x.is_cpu
+        return matrix_times_vector(weight, x.flatten()).view(*x.shape[:-1], -1) if one_row else F.linear(x, weight)
+    if x.dtype != torch.float32 or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight)
     if MKL and 0 < rows <= SLICED_ROWS:
         return _sliced(x, weight, rows)
     if ONEDNN and torch._C._get_mkldnn_enabled() and not torch.is_grad_enabled():  # it has no backward pass

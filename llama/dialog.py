@@ -29,3 +29,19 @@ def check_dialog(dialog: Dialog) -> None:
             raise InputError(f"message {number}, {message!r:.80}, must be {{'role': …, 'content': text}}")
         if message["role"] not in get_args(Role):
             raise InputError(f"message {number}: unknown role {message['role']!r}; known: {list(get_args(Role))}")
+
+
+class Details(TypedDict, total=False):
+    """Optional keys of a prediction."""
+
+    tokens: list[str]  # each token's text; like `logprobs`, with logprobs=True
+    logprobs: list[float]
+    score: float  # of an answer of beam search
+
+
+class CompletionPrediction(Details):
+    generation: str
+
+
+class ChatPrediction(Details):
+    generation: Message

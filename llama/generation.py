@@ -14,7 +14,6 @@ import time
 from collections.abc import Generator, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 from typing_extensions import Unpack
@@ -24,10 +23,12 @@ from llama.batch import generate_batch, stream_batch
 from llama.chat_format import ChatFormat
 from llama.checkpoint import Checkpoint, check_tensors, load_model, open_checkpoint
 from llama.checkpoint.memory import check_memory, explain_out_of_memory
+from llama.compiled import compile_layers
 from llama.device import default_dtype
-from llama.dialog import Dialog, Message, Role
+from llama.dialog import ChatPrediction, CompletionPrediction, Dialog, Message, Role
 from llama.errors import InputError
 from llama.protocols import DialogFormat, LanguageModel, TextTokenizer
+from llama.quantized import check_quantize
 from llama.sampling import sample_top_p
 from llama.sampling_params import SamplingOptions, SamplingParams, check_number
 from llama.streaming import Piece
@@ -35,22 +36,6 @@ from llama.streaming import Piece
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Piece", "Role", "sample_top_p"]
 
 logger = logging.getLogger("llama")
-
-
-class Details(TypedDict, total=False):
-    """Optional keys of a prediction."""
-
-    tokens: list[str]  # each token's text; like `logprobs`, with logprobs=True
-    logprobs: list[float]
-    score: float  # of an answer of beam search
-
-
-class CompletionPrediction(Details):
-    generation: str
-
-
-class ChatPrediction(Details):
-    generation: Message
 
 
 class Llama:
@@ -90,6 +75,8 @@ class Llama:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        quantize: str | None = None,
+        compile: bool = False,
     ) -> "Llama":
         """Load a checkpoint, in one process or under torchrun.
 
@@ -105,6 +92,8 @@ class Llama:
             seed: for `torch.manual_seed`; the same on every process.
             device: "cuda", "cpu", "mps"; None for CUDA if there is one, else the CPU.
             dtype: of weights and cache; None for `llama.device.default_dtype`.
+            quantize: "int8" or "int4" keeps the matrices in so many bits: see `llama.quantized`.
+            compile: run decoding steps of one row in compiled form: see `llama.compiled`.
 
         Raises:
             MissingFileError: no such folder or file, or no checkpoint in it.
@@ -117,6 +106,7 @@ class Llama:
         check_number("max_batch_size", max_batch_size, 1, integer=True)
         if dtype not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
             raise InputError(f"dtype={dtype!r} must be torch.bfloat16, float16, float32 or float64")
+        check_quantize(quantize, dtype)
         checkpoint = open_checkpoint(ckpt_dir)
         tokenizer = checkpoint.tokenizer(tokenizer_path)
         args = checkpoint.settings.model_args(tokenizer.n_words, max_seq_len, max_batch_size)
@@ -124,12 +114,14 @@ class Llama:
 
         chosen_device = distributed.setup(device, model_parallel_size)
         distributed.silence_stdout()
-        dtype = default_dtype(chosen_device) if dtype is None else dtype
+        dtype = default_dtype(chosen_device, quantize) if dtype is None else dtype
         args.check(distributed.model_parallel_size())
-        check_memory(args, chosen_device, dtype)
-        with explain_out_of_memory(args, chosen_device, dtype):
-            model = load_model(checkpoint, args, device=chosen_device, dtype=dtype)
+        check_memory(args, chosen_device, dtype, quantize)
+        with explain_out_of_memory(args, chosen_device, dtype, quantize):
+            model = load_model(checkpoint, args, device=chosen_device, dtype=dtype, quantize=quantize)
             model.setup_cache()
+        if compile:
+            compile_layers(model)
         torch.manual_seed(seed)
         logger.info("loaded %s in %.1f s", checkpoint.path, time.monotonic() - begin)
         return Llama(model, tokenizer)

@@ -10,7 +10,7 @@ Sources: Llama 2 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import nn
 from llama.cpu_matmul import fast_products
 from llama.distributed import model_parallel_size
 from llama.errors import InputError
+from llama.fused import attention, multiply_complex
 from llama.kv_cache import KVCache, LayerCache
 from llama.model_args import ModelArgs, feed_forward_size
 from llama.parallel import (
@@ -28,6 +29,7 @@ from llama.parallel import (
     VocabParallelEmbedding,
     local_kv_heads,
 )
+from llama.protocols import CompiledForm
 
 
 class RMSNorm(nn.Module):
@@ -85,15 +87,17 @@ def reshape_for_broadcast(freqs_cis: torch.Tensor, x: torch.Tensor) -> torch.Ten
     """Insert a heads dimension, so that the rotations broadcast over x.
 
     Args:
-        freqs_cis: (seq, head_dim / 2), or (batch, seq, head_dim / 2) where rows stand at different positions.
+        freqs_cis: complex (seq, head_dim / 2), or (batch, seq, head_dim / 2) where rows stand at different positions;
+            or real, with another last dimension: real and imaginary parts.
         x: (batch, seq, heads, head_dim / 2)
 
     Returns:
-        (1 or batch, seq, 1, head_dim / 2)
+        (1 or batch, seq, 1, head_dim / 2), or (1 or batch, seq, 1, head_dim / 2, 2)
     """
-    if freqs_cis.shape[-2:] != (x.shape[1], x.shape[-1]):
+    seq_axis = -2 if freqs_cis.is_complex() else -3
+    if freqs_cis.shape[seq_axis : seq_axis + 2 or None] != (x.shape[1], x.shape[-1]):
         raise InputError(f"freqs_cis of shape {tuple(freqs_cis.shape)} don't fit a tensor of shape {tuple(x.shape)}")
-    return freqs_cis.unsqueeze(-2) if freqs_cis.dim() == 3 else freqs_cis[None, :, None]
+    return freqs_cis.view(-1, x.shape[1], 1, *freqs_cis.shape[seq_axis + 1 :])
 
 
 def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,12 +114,11 @@ def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor
     Returns:
         xq and xk, rotated, with the shapes and dtypes they came with.
     """
-    xq_pairs = torch.view_as_complex(xq.float().reshape(*xq.shape[:-1], -1, 2))  # (batch, seq, n_heads, head_dim / 2)
-    xk_pairs = torch.view_as_complex(xk.float().reshape(*xk.shape[:-1], -1, 2))
-    freqs_cis = reshape_for_broadcast(freqs_cis, xq_pairs)
-    xq_rotated = torch.view_as_real(xq_pairs * freqs_cis).flatten(-2)  # (batch, seq, n_heads, head_dim)
-    xk_rotated = torch.view_as_real(xk_pairs * freqs_cis).flatten(-2)
-    return xq_rotated.type_as(xq), xk_rotated.type_as(xk)
+    freqs_cis = reshape_for_broadcast(freqs_cis, xq[..., ::2])
+    xq_pairs = xq.float().reshape(*xq.shape[:-1], -1, 2)  # (batch, seq, n_heads, head_dim / 2, 2)
+    xk_pairs = xk.float().reshape(*xk.shape[:-1], -1, 2)
+    xq_rotated, xk_rotated = multiply_complex(xq_pairs, freqs_cis), multiply_complex(xk_pairs, freqs_cis)
+    return xq_rotated.flatten(-2).type_as(xq), xk_rotated.flatten(-2).type_as(xk)
 
 
 def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
@@ -159,7 +162,7 @@ class Attention(nn.Module):
             # The n_rep query heads that share a kv head become rows of one head: plain attention, on any device.
             xq = xq.reshape(batch, self.n_local_kv_heads, self.n_rep * seq, self.head_dim)
             mask = None if mask is None else mask.repeat(1, 1, self.n_rep, 1)
-            out = F.scaled_dot_product_attention(xq, xk, xv, attn_mask=mask)
+            out = attention(xq, xk, xv, mask)
         out = out.reshape(batch, self.n_local_heads, seq, self.head_dim)
         return self.wo(out.transpose(1, 2).flatten(2))  # (batch, seq, dim)
 
@@ -238,6 +241,7 @@ class Transformer(nn.Module):
             divisors=params.rope_divisors,
         )
         self.cache: KVCache | None = None
+        self.compiled: CompiledForm | None = None  # see `llama.compiled`
 
     def forward(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None = None) -> torch.Tensor:
         """The logits of the token after each of `tokens`.
@@ -283,11 +287,14 @@ class Transformer(nn.Module):
     def _hidden_states(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None) -> torch.Tensor:
         end = self._check(tokens, start_pos)
         h = self.tok_embeddings(tokens)  # (batch, seq, dim)
+        layers: Iterable[Callable[..., torch.Tensor]] = self.layers
+        if self.compiled is not None and self.compiled.ready(self, tokens, start_pos, end):
+            layers, start_pos = self.compiled.layers, torch.tensor([end - 1], device="cpu")
         freqs_cis, mask = self._positions(tokens, 0 if start_pos is None else start_pos, end)
         caches: Sequence[LayerCache | None] = [None] * self.n_layers
         if start_pos is not None:
             caches = self.setup_cache().layers(len(tokens), tokens.shape[1], start_pos)
-        for layer, layer_cache in zip(self.layers, caches, strict=True):
+        for layer, layer_cache in zip(layers, caches, strict=True):
             h = layer(h, freqs_cis, mask, layer_cache)
         return self.norm(h)
 
@@ -324,6 +331,8 @@ class Transformer(nn.Module):
                 self.freqs_cis = self.freqs_cis.to(device)
         if isinstance(start_pos, torch.Tensor):
             positions = start_pos.to(device)[:, None] + torch.arange(seq, device=device)  # (batch, seq)
+            if tokens.numel() == 1:
+                return self.freqs_cis[positions], None
             mask = torch.arange(end, device=device) <= positions[:, None, :, None]  # (batch, 1, seq, end)
             return self.freqs_cis[positions], mask
         if start_pos == 0 or seq == 1:

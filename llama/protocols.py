@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from llama.dialog import Dialog
 
@@ -72,6 +73,16 @@ class CachedModel(LanguageModel, Protocol):
 
         Whenever `forward` writes into the cache, it empties the cache's `tokens` (`KVCache.layers` does).
         """
+        ...
+
+
+class CompiledForm(Protocol):
+    """The layers of a `Transformer` in a form that is quicker for some calls: see `llama.compiled`."""
+
+    layers: Sequence[Callable[..., torch.Tensor]]
+
+    def ready(self, model: Any, tokens: torch.Tensor, start_pos: int | torch.Tensor | None, end: int) -> bool:
+        """Whether `layers` can take this call of `forward`, after which there are `end` positions."""
         ...
 
 

@@ -1,0 +1,55 @@
+"""Operations that torch.compile is to fuse, each in two forms.
+
+Run one by one, an operation is quickest as one of torch's kernels. In a compiled decoding step (`llama.compiled`) that
+kernel would stand between the others, and the compiler has none for complex numbers. Written as sums of products, all
+of a layer becomes one loop after another in one function, which reads weights and cache at the speed of the memory.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def multiply_complex(pairs: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Multiply complex numbers.
+
+    Args:
+        pairs: float32 (..., 2), real and imaginary parts.
+        factors: complex64, of a shape that broadcasts to that of `pairs` without the last dimension; or, for the
+            compiler, float32 real and imaginary parts.
+
+    Returns:
+        float32, of the shape of `pairs`.
+    """
+    if factors.is_complex():
+        return torch.view_as_real(torch.view_as_complex(pairs) * factors)
+    (a, b), (c, d) = pairs.unbind(-1), factors.unbind(-1)
+    return torch.stack((a * c - b * d, a * d + b * c), dim=-1)
+
+
+def attention(xq: torch.Tensor, xk: torch.Tensor, xv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """softmax(xq xk^T / sqrt(head_dim)) xv.
+
+    Args:
+        xq: (batch, heads, queries, head_dim)
+        xk, xv: (batch, heads, end, head_dim)
+        mask: True where a query may attend, broadcast to (batch, heads, queries, end); None if everywhere.
+
+    Returns:
+        (batch, heads, queries, head_dim)
+    """
+    if not torch.compiler.is_compiling() or not xq.is_cpu:
+        return F.scaled_dot_product_attention(xq, xk, xv, attn_mask=mask)
+    xq = xq.float() / math.sqrt(xq.shape[-1])
+    scores = (xq.unsqueeze(3) * xk.unsqueeze(2)).sum(-1)  # (batch, heads, queries, end)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    out = (weights.unsqueeze(-1) * xv.unsqueeze(2)).sum(3) / weights.sum(-1, keepdim=True)
+    return out.type_as(xv)
+
+
+def matrix_times_vector(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The product of a matrix (out_features, in_features) with a vector (in_features), in the dtype of `x`."""
+    return (weight.float() * x.float()).sum(-1).type_as(x)
