@@ -6,6 +6,7 @@ import json
 import mmap
 import shutil
 import stat
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -114,17 +115,20 @@ def raise_if_unmappable(path: Path, error: Exception) -> None:
 def release_pages(address: int, length: int) -> None:
     """Give back the memory into which a part of a mapped file has been read; what is used again is read again.
 
-    It is a wish, which systems other than Linux may ignore.
+    On systems other than Linux, and for memory that is not a mapped file's, this does nothing.
 
     Args:
-        address, length: a part of a mapping that nobody has written to, in bytes.
+        address, length: the part, in bytes. Nobody may have written to it.
     """
-    if not hasattr(mmap, "MADV_DONTNEED"):  # Windows
+    if sys.platform != "linux":
         return
-    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (address + length) // mmap.PAGESIZE * mmap.PAGESIZE
-    if start < end:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+        addresses, permissions, _, _, inode, *_ = line.split()
+        first, end = (int(number, 16) for number in addresses.split("-"))
+        start, stop = max(address, first), min(address + length, end)
+        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        if start < stop and inode != "0" and permissions.endswith("p"):
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
 
 
 class Metadata:

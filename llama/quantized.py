@@ -46,7 +46,7 @@ def check_quantize(quantize: str | None, dtype: torch.dtype | None) -> None:
 
 
 class QuantizedWeight(nn.Module):
-    """A weight matrix in few bits, in place of a layer's `weight`. It has no gradients.
+    """A weight matrix in few bits, in place of a layer's `weight`. It is frozen, but gradients flow through it.
 
     Attributes:
         out_features, in_features: the matrix's sizes.
@@ -173,8 +173,10 @@ class Int4Weight(QuantizedWeight):
 
 
 def has_few_rows(x: torch.Tensor) -> bool:
-    """Whether torch's products with few bits are the fastest way to multiply x."""
-    return x.dtype == torch.bfloat16 and 0 < x.numel() // x.shape[-1] <= FEW_ROWS.get(x.device.type, 0)
+    """Whether torch's products with few bits are the best way to multiply x. They have no gradients."""
+    n_rows = x.numel() // x.shape[-1]
+    needs_gradient = x.requires_grad and torch.is_grad_enabled()
+    return x.dtype == torch.bfloat16 and 0 < n_rows <= FEW_ROWS.get(x.device.type, 0) and not needs_gradient
 
 
 def expanded_product(x: torch.Tensor, bits: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -251,6 +253,7 @@ class Int4Groups(NamedTuple):
         return Int4Groups(self.values[:, start:stop], self.scales[:, groups], self.zeros[:, groups])
 
 
+@torch.no_grad()
 def round_to_int8(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Round rows of weights to 8 bits. A row with a weight that is NaN or infinite gets a scale that is.
 
@@ -268,6 +271,7 @@ def round_to_int8(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tenso
     return (weight / divisors[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales
 
 
+@torch.no_grad()
 def round_to_int4(weight: torch.Tensor, dtype: torch.dtype) -> Int4Groups:
     """Round rows of weights to 4 bits. A group with a weight that is NaN or infinite gets a scale that is.
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from llama.errors import CheckpointError, InputError
-from llama.files import release_pages
 from llama.model_args import ModelArgs
 from llama.quantized import Int4Groups
 from llama.tokenizer import Tokenizer
@@ -77,14 +76,6 @@ def check_dtypes(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise CheckpointError(f"{path}: {name} is stored as {tensor.dtype}, not as one of {list(DTYPES)}")
-
-
-def release_tensor(tensor: torch.Tensor) -> None:
-    """Give back the memory into which a tensor of a mapped file has been read."""
-    storage = tensor.untyped_storage()
-    if storage.filename is not None:  # else it isn't mapped
-        bytes_left = int(storage.nbytes()) - int(tensor.storage_offset()) * tensor.itemsize
-        release_pages(tensor.data_ptr(), min(tensor.nbytes, bytes_left))
 
 
 class Checkpoint(ABC):

@@ -10,13 +10,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from llama.checkpoint.base import Checkpoint, Settings, check_dtypes, release_tensor
+from llama.checkpoint.base import Checkpoint, Settings, check_dtypes
 from llama.checkpoint.parameters import network_name, parameter_shapes
 from llama.checkpoint.pickled_weights import open_pickled_weights
 from llama.checkpoint.staging import Staging
 from llama.device import dtype_name
 from llama.errors import CheckpointError, InputError
-from llama.files import Metadata, first_bytes, raise_if_unmappable, read_json, require_path, write_json
+from llama.files import Metadata, first_bytes, raise_if_unmappable, read_json, release_pages, require_path, write_json
 from llama.model_args import ModelArgs
 from llama.tokenizer import Tokenizer
 from llama.vocab.tiktoken_file import is_tiktoken_file
@@ -119,7 +119,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         return tensor.narrow(axis, start, stop - start)
 
     def release(self, name: str) -> None:
-        release_tensor(self._tensors[name])
+        release_pages(self._tensors[name].data_ptr(), self._tensors[name].nbytes)
 
     def tokenizer(self, path: str | Path | None = None) -> Tokenizer:
         tokenizer = Tokenizer(self._tokenizer_file() if path is None else path)

@@ -29,6 +29,7 @@ from llama.quantized import (
 )
 
 WEIGHTS_AT_ONCE = 2**18  # of a matrix that is quantized: 1 MB in float32
+CHUNKS_BEFORE_RELEASE = 64  # after these, the memory into which the file was read is given back
 
 
 def open_checkpoint(ckpt_dir: str | Path | Checkpoint) -> Checkpoint:
@@ -189,7 +190,7 @@ def read_quantized(
     kind = Int8Weight if quantization == "int8" else Int4Weight
     weight = kind(len(rows), len(columns), dtype=dtype, device=device)
     step = max(WEIGHTS_AT_ONCE // shape[1] // CHUNK_ROWS, 1) * CHUNK_ROWS
-    for first in range(0, len(rows), step):
+    for i, first in enumerate(range(0, len(rows), step)):
         start, stop = rows[first], rows[first : first + step].stop
         if isinstance(weight, Int8Weight):
             values, scales = round_to_int8(checkpoint.read(name, 0, start, stop), dtype)
@@ -199,5 +200,7 @@ def read_quantized(
             if groups is None:
                 groups = round_to_int4(checkpoint.read(name, 0, start, stop), dtype)
             weight.set_rows(first, groups.columns(columns.start, columns.stop))
-        checkpoint.release(name)
+        if i % CHUNKS_BEFORE_RELEASE == CHUNKS_BEFORE_RELEASE - 1:
+            checkpoint.release(name)
+    checkpoint.release(name)
     return weight

@@ -8,12 +8,12 @@ from typing import Any, get_args
 
 import torch
 
-from llama.checkpoint.base import Checkpoint, Settings, release_tensor
+from llama.checkpoint.base import Checkpoint, Settings
 from llama.checkpoint.parameters import parameter_shapes, share, split_axis
 from llama.checkpoint.pickled_weights import open_pickled_weights
 from llama.checkpoint.staging import Staging
 from llama.errors import CheckpointError
-from llama.files import read_json, require_path, write_json
+from llama.files import read_json, release_pages, require_path, write_json
 from llama.model_args import ModelArgs, feed_forward_size
 from llama.tokenizer import Tokenizer
 from llama.vocab.tiktoken_file import LLAMA3_SPECIAL_TOKENS, fits_tiktoken_file
@@ -108,7 +108,7 @@ class MetaCheckpoint(Checkpoint):
 
     def release(self, name: str) -> None:
         for shard in self._shards:
-            release_tensor(shard[name])
+            release_pages(shard[name].data_ptr(), shard[name].nbytes)
 
     def tokenizer(self, path: str | Path | None = None) -> Tokenizer:
         tokenizer = Tokenizer(self._tokenizer_file() if path is None else path)
