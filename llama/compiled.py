@@ -206,11 +206,12 @@ def has_hooks(layers: nn.Module) -> bool:
 def compilation_key(model: Transformer, weights: dict[str, torch.Tensor]) -> str:
     """A name for all that the compiled layer depends on: its code, its sizes, torch, and the processor."""
     layer, keys = model.layers[0], model.setup_cache().keys
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch can't tell
+    instructions: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch can't tell
     facts = [
         [code_digest(frozenset(map(type, layer.modules()))), repr(layer)],
         [model.params, describe(weights), keys.shape, keys.dtype, keys.device],
-        [torch.__version__, torch.get_num_threads(), platform.machine(), sorted(capabilities.items())],
+        [torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()],
+        [platform.machine(), sorted(instructions.items())],
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 

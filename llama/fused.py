@@ -1,8 +1,8 @@
-"""Operations that torch.compile is to fuse, each in two forms.
+"""Operations with a second form, for the compiler.
 
 Run one by one, an operation is quickest as one of torch's kernels. In a compiled decoding step (`llama.compiled`) that
-kernel would stand between the others, and the compiler has none for complex numbers. Written as sums of products, all
-of a layer becomes one loop after another in one function, which reads weights and cache at the speed of the memory.
+kernel would stand between the others, and the compiler has no complex numbers. Written as sums of products, all of a
+layer becomes one function, loop after loop, which reads weights and cache at the speed of the memory.
 """
 
 import math
@@ -15,7 +15,7 @@ def multiply_complex(pairs: torch.Tensor, factors: torch.Tensor) -> torch.Tensor
     """Multiply complex numbers.
 
     Args:
-        pairs: float32 (..., 2), real and imaginary parts.
+        pairs: real and imaginary parts, float32 (..., 2).
         factors: complex64, of a shape that broadcasts to that of `pairs` without the last dimension; or, for the
             compiler, float32 real and imaginary parts.
 
@@ -41,15 +41,20 @@ def attention(xq: torch.Tensor, xk: torch.Tensor, xv: torch.Tensor, mask: torch.
     """
     if not torch.compiler.is_compiling() or not xq.is_cpu:
         return F.scaled_dot_product_attention(xq, xk, xv, attn_mask=mask)
-    xq = xq.float() / math.sqrt(xq.shape[-1])
+    xq = at_least_float32(xq) / math.sqrt(xq.shape[-1])
     scores = (xq.unsqueeze(3) * xk.unsqueeze(2)).sum(-1)  # (batch, heads, queries, end)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    out = (weights.unsqueeze(-1) * xv.unsqueeze(2)).sum(3) / weights.sum(-1, keepdim=True)
+    out = (weights.unsqueeze(-1) * xv.unsqueeze(2)).sum(3) / weights.sum(-1, keepdim=True)  # divides once, at the end
     return out.type_as(xv)
 
 
 def matrix_times_vector(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The product of a matrix (out_features, in_features) with a vector (in_features), in the dtype of `x`."""
-    return (weight.float() * x.float()).sum(-1).type_as(x)
+    return (at_least_float32(weight) * at_least_float32(x)).sum(-1).type_as(x)
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """16-bit numbers in float32, in which their products are to be summed."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

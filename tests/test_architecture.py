@@ -95,10 +95,10 @@ def test_the_core_knows_only_two_wings(imports):
     assert "llama.model_lock" in seen
 
 
-def test_private_parts_of_torch_are_used_in_one_module():
+def test_private_parts_of_torch_are_used_in_two_modules():
     private = re.compile(r"torch\._C\b|torch import _C\b|\b_cdata\b|_hooks\b")
     users = [module for module, path in MODULES.items() if private.search(path.read_text())]
-    assert users == ["llama.cpu_matmul"]
+    assert users == ["llama.compiled", "llama.cpu_matmul"]
 
 
 def test_the_core_has_at_most_1300_lines():
@@ -106,7 +106,7 @@ def test_the_core_has_at_most_1300_lines():
     assert sum(lengths.values()) <= 1300, lengths
 
 
-NOT_COUNTED = ["model.py", "kv_cache.py", "parallel.py", "cpu_matmul.py"]  # the network
+NOT_COUNTED = ["model.py", "kv_cache.py", "parallel.py", "cpu_matmul.py", "fused.py"]  # the network
 
 
 def functions_called(function) -> set[tuple[str, str]]:
