@@ -99,9 +99,9 @@ class Ours(Peer):
         self.model = load_model(checkpoint, args, device=torch.device("cpu"), dtype=dtype, quantize=quantize)
         self.model.setup_cache()
         if compile:
-            from llama.compiled import compile_layers
+            from llama.compiled import compile_model
 
-            compile_layers(self.model)
+            compile_model(self.model)
             if self.model.compiled is None or not self.model.compiled.layers:  # its warning is in the log
                 raise RuntimeError("the network could not be compiled")
         self.llama = Llama(self.model, types.SimpleNamespace(stop_tokens=set()))

@@ -1,8 +1,8 @@
 """Decoding steps in compiled form: `Llama.build(..., compile=True)`.
 
 The network stays the one of `llama.model`. Its layers are all alike, so that one of them is compiled, as a function of
-its inputs and its weights, and serves as all of them. On a CPU that gives one C++ function, whose loops read each
-weight once, at the speed of the memory, where the same layer takes some 45 operations of torch (see `llama.fused`).
+its inputs and its weights, and serves as all of them. On a CPU a layer becomes one C++ function, whose loops read each
+weight once, at the speed of the memory, where it takes some 45 operations of torch otherwise (see `llama.fused`).
 
 Steps of one token of one row are compiled. Prompts, batches and beams run as they are: with more tokens the time is
 that of the matrix products, which are fast already.
@@ -31,44 +31,47 @@ from torch.func import functional_call
 from llama.distributed import model_parallel_size
 from llama.kv_cache import LayerCache
 from llama.model import Transformer
+from llama.quantized import COMPILED_INT8_IS_FAST, Int8Weight
 
 logger = logging.getLogger("llama")
 
-Step = Callable[[list[torch.Tensor]], list[torch.Tensor]]  # inputs and weights of a layer -> its output
-Layer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, LayerCache], torch.Tensor]
+Function = Callable[[list[torch.Tensor]], list[torch.Tensor]]  # inputs, then weights -> the output, alone in a list
 MIN_SEQ_LEN = 4  # a shorter context has no step to compile
 
 
-def compile_layers(model: Transformer) -> None:
-    """Compile the layers of a network, or take them from the disk, and have them run its steps of one row.
+def compile_model(model: Transformer) -> None:
+    """Compile a network's layers and output, or take them from the disk, for its steps of one row.
 
     Where that fails, a warning says why, and all steps run as they are.
     """
     if model_parallel_size() > 1:
         logger.warning("compile=True has no effect with several processes: they exchange data within each layer")
         return
-    model.compiled = CompiledLayers()
+    model.compiled = CompiledModel()
     model.compiled.refresh(model)
 
 
-class CompiledLayers:
-    """The layers of a network in compiled form, for steps of one token of one row.
+class CompiledModel:
+    """The layers and the output of a network in compiled form, for steps of one token of one row.
 
     Attributes:
-        layers: what takes the place of `Transformer.layers` in a call that they are ready for.
+        layers, output: what takes the place of the network's in a call that they are ready for.
+        in_use: whether that is so in the call that `ready` was last asked about.
     """
 
     def __init__(self) -> None:
-        self.layers: Sequence[Layer] = []
-        self._step: Step | None = None
-        self._key = ""  # what `_step` was compiled for, or could not be
+        self.layers: Sequence[Callable[..., torch.Tensor]] = []
+        self.output: Callable[[torch.Tensor], torch.Tensor]
+        self.in_use = False
+        self._functions: tuple[Function, Function | None] | None = None  # of a layer, and of the output
+        self._key = ""  # what they were compiled for, or could not be
         self._is_current = False  # whether `layers` are known to be those of the network as it is now
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        return CompiledLayers, ()  # a copy of the network compiles for itself
+        return CompiledModel, ()  # a copy of the network compiles for itself
 
     def ready(self, model: Transformer, tokens: torch.Tensor, start_pos: int | torch.Tensor | None, end: int) -> bool:
-        """Whether `layers` can take this call.
+        """Whether `layers` and `output` can take this call.
 
         Args:
             model: the network, always the same.
@@ -77,52 +80,78 @@ class CompiledLayers:
             end: the position after the last of `tokens`.
         """
         # From position 1 to the last but one: the compiler makes special code for sizes of 1 and for the whole cache.
-        if tokens.numel() != 1 or start_pos is None or not 2 <= end < model.params.max_seq_len:
-            self._is_current = False  # the network may have been changed before this prompt
-            return False
-        if not self._is_current:
+        is_step = tokens.numel() == 1 and start_pos is not None and 2 <= end < model.params.max_seq_len
+        if is_step and not self._is_current:
             self.refresh(model)
-        return bool(self.layers)
+        self._is_current = is_step  # before the next prompt, the network may be changed
+        self.in_use = is_step and bool(self.layers)
+        return self.in_use
 
     def refresh(self, model: Transformer) -> None:
         """Make `layers` those of the network as it is now: a weight may have been replaced, or a hook registered."""
-        self.layers, self._is_current = [], True
-        if has_hooks(model.layers) or model.params.max_seq_len < MIN_SEQ_LEN:
+        self.layers = []
+        if has_hooks(model.layers) or has_hooks(model.output) or model.params.max_seq_len < MIN_SEQ_LEN:
             return
-        weights = [layer_weights(layer) for layer in model.layers]
-        key = compilation_key(model, weights[0])
+        weights, output_weights = [weights_of(layer) for layer in model.layers], weights_of(model.output)
+        descriptions = [describe(tensors) for tensors in weights]
+        if any(description != descriptions[0] for description in descriptions):
+            return
+        key = compilation_key(model, descriptions[0] + describe(output_weights))
         if key != self._key:
-            self._step, self._key = None, key
+            self._functions, self._key = None, key
             try:
-                self._step = load_or_compile(model, key)
+                self._functions = self._compile(model, key)
             except Exception as error:
-                reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 logger.warning(
                     "decoding steps run without being compiled, more slowly (%s). Compiling takes a C++ compiler, such "
                     "as g++, and the header files of Python",
-                    reason,
+                    str(error).strip().partition("\n")[0] or type(error).__name__,
                 )
-        descriptions = [describe(tensors) for tensors in weights]
-        if self._step is not None and all(description == descriptions[0] for description in descriptions):
-            self.layers = [bind(self._step, list(tensors.values())) for tensors in weights]
+        if self._functions is not None:
+            layer_function, output_function = self._functions
+            self.layers = [bind_layer(layer_function, list(tensors.values())) for tensors in weights]
+            self.output = model.output
+            if output_function is not None:
+                self.output = bind_output(output_function, list(output_weights.values()))
+
+    def _compile(self, model: Transformer, key: str) -> tuple[Function, Function | None]:
+        """The compiled layer, and the compiled output where it is faster than torch's product."""
+        folder = cache_folder()
+        layer = load_or_compile(folder / f"{key}-layer.pt2", functools.partial(compile_layer, model), "layers")
+        if not (COMPILED_INT8_IS_FAST and isinstance(model.output.weight, Int8Weight)):
+            return layer, None
+        return layer, load_or_compile(folder / f"{key}-output.pt2", functools.partial(compile_output, model), "output")
 
 
-def bind(step: Step, weights: list[torch.Tensor]) -> Layer:
-    """A layer that calls the compiled step with its weights."""
+def bind_layer(function: Function, weights: list[torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """What takes a layer's place, with its weights."""
 
     def layer(h: torch.Tensor, freqs_cis: torch.Tensor, mask: torch.Tensor | None, cache: LayerCache) -> torch.Tensor:
-        return step([h, torch.view_as_real(freqs_cis), cache.keys, cache.values, *cache.slots, *weights])[0]
+        return function([h, torch.view_as_real(freqs_cis), cache.keys, cache.values, *cache.slots, *weights])[0]
 
     return layer
 
 
-class LayerFunction(nn.Module):
-    """A layer as a function of its inputs and its weights."""
+def bind_output(function: Function, weights: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What takes the output's place, with its weights."""
+    return lambda h: function([h, *weights])[0]
 
-    def __init__(self, layer: nn.Module) -> None:
+
+class ModuleFunction(nn.Module):
+    """A module as a function of its inputs and its weights."""
+
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.layer = [layer]  # in a list: its weights are to be inputs, not a part of this module
-        self.names = list(layer_weights(layer))
+        self.module = [module]  # in a list: its weights are to be inputs, not a part of this module
+        self.names = list(weights_of(module))
+
+    def call(self, weights: list[torch.Tensor], *inputs: Any) -> torch.Tensor:
+        output: torch.Tensor = functional_call(self.module[0], dict(zip(self.names, weights, strict=True)), inputs)
+        return output
+
+
+class LayerFunction(ModuleFunction):
+    """A `TransformerBlock` as a function."""
 
     def forward(
         self,
@@ -135,51 +164,78 @@ class LayerFunction(nn.Module):
         positions: torch.Tensor,
         weights: list[torch.Tensor],
     ) -> torch.Tensor:
-        cache = LayerCache(keys, values, (rows, heads, positions))
-        weights_by_name = dict(zip(self.names, weights, strict=True))
-        h = functional_call(self.layer[0], weights_by_name, (h, freqs_cis, None, cache))
-        return h
+        return self.call(weights, h, freqs_cis, None, LayerCache(keys, values, (rows, heads, positions)))
 
 
-def load_or_compile(model: Transformer, key: str) -> Step:
-    """The compiled layer, from the disk if it is there. Its input is a list of those of `LayerFunction.forward`."""
-    path = cache_folder() / f"{key}.pt2"
+class OutputFunction(ModuleFunction):
+    """The output layer as a function."""
+
+    def forward(self, h: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+        return self.call(weights, h)
+
+
+def load_or_compile(path: Path, compile_part: Callable[[Path], Path], name: str) -> Function:
+    """The function in a file, which is made now if it isn't there.
+
+    Args:
+        path: of the file.
+        compile_part: makes such a file.
+        name: what the function computes, for the log.
+    """
     if path.exists():
         try:
             return load(path)
         except RuntimeError as error:
             logger.warning("%s can't be loaded and is compiled again: %s", path, error)
-    logger.info("compiling the decoding step for this model and processor: once, some 10 to 30 s")
+    logger.info("compiling the %s for this model and processor: once, some 10 to 20 s", name)
     begin = time.monotonic()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".compiling-") as folder:
-        compile_layer(model, Path(folder) / path.name).replace(path)
-    step = load(path)
+        compile_part(Path(folder) / path.name).replace(path)
     logger.info("compiled in %.1f s", time.monotonic() - begin)
-    return step
+    return load(path)
 
 
-def load(path: Path) -> Step:
-    """The function in a file of `compile_layer`."""
-    step: Step = torch._inductor.aoti_load_package(str(path)).loader.boxed_run
-    return step
+def load(path: Path) -> Function:
+    """The function in a file that `compile_function` has written."""
+    function: Function = torch._inductor.aoti_load_package(str(path)).loader.boxed_run
+    return function
 
 
 @torch.inference_mode(False)
-@torch.no_grad()
 def compile_layer(model: Transformer, path: Path) -> Path:
     """Compile a layer of the network into a file."""
-    weight, layer = model.norm.weight, model.layers[0]
-    start_pos = 2  # any that the compiler makes no special code for
+    start_pos = 2  # any position that the compiler makes no special code for
     (cache, *_) = model.setup_cache().layers(1, 1, torch.tensor([start_pos], device="cpu"))
-    freqs_cis = torch.view_as_real(model.freqs_cis[start_pos][None, None].to(weight.device))
+    h = model.norm.weight.new_zeros(1, 1, model.params.dim)
+    freqs_cis = torch.view_as_real(model.freqs_cis[start_pos][None, None].to(h.device))
     end = torch.export.Dim("end", min=2, max=model.params.max_seq_len - 1)
-    weights = [tensor.detach() for tensor in layer_weights(layer).values()]
-    inputs = (weight.new_zeros(1, 1, len(weight)), freqs_cis, cache.keys, cache.values, *cache.slots, weights)
-    dynamic_shapes = (None, None, {2: end}, {2: end}, None, None, None, [None] * len(weights))
+    inputs = (h, freqs_cis, cache.keys, cache.values, *cache.slots)
+    sizes = (None, None, {2: end}, {2: end}, None, None, None)
+    return compile_function(LayerFunction(model.layers[0]), inputs, sizes, path)
+
+
+@torch.inference_mode(False)
+def compile_output(model: Transformer, path: Path) -> Path:
+    """Compile the output of the network into a file."""
+    h = model.norm.weight.new_zeros(1, 1, model.params.dim)
+    return compile_function(OutputFunction(model.output), (h,), (None,), path)
+
+
+@torch.no_grad()
+def compile_function(function: ModuleFunction, inputs: tuple[Any, ...], sizes: tuple[Any, ...], path: Path) -> Path:
+    """Compile a function into a file.
+
+    Args:
+        inputs: examples of its inputs, without the weights.
+        sizes: of each input, the dimensions whose size may be another.
+        path: of the file.
+    """
+    weights = [tensor.detach() for tensor in weights_of(function.module[0]).values()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler, about itself
-        exported = torch.export.export(LayerFunction(layer), inputs, dynamic_shapes=dynamic_shapes)
+        dynamic_shapes = (*sizes, [None] * len(weights))
+        exported = torch.export.export(function, (*inputs, weights), dynamic_shapes=dynamic_shapes)
         return Path(torch._inductor.aoti_compile_and_package(exported, package_path=str(path)))
 
 
@@ -188,28 +244,36 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama" / "compiled"
 
 
-def layer_weights(layer: nn.Module) -> dict[str, torch.Tensor]:
-    """All tensors of a layer by name: its parameters, and the buffers of quantized weights."""
-    return {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """All tensors of a module by name: its parameters, and the buffers of quantized weights."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def describe(tensors: dict[str, torch.Tensor]) -> list[Any]:
-    """What compiled code depends on."""
+    """What compiled code depends on, of these tensors."""
     return [(name, t.shape, t.stride(), t.dtype, t.device) for name, t in tensors.items()]
 
 
-def has_hooks(layers: nn.Module) -> bool:
-    """Whether a module of the layers has a hook, which compiled code would not call."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in layers.modules())
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module, or one in it, has a hook, which compiled code would not call."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
-def compilation_key(model: Transformer, weights: dict[str, torch.Tensor]) -> str:
-    """A name for all that the compiled layer depends on: its code, its sizes, torch, and the processor."""
+def compilation_key(model: Transformer, weights: list[Any]) -> str:
+    """A name for all that the compiled functions depend on: their code, their sizes, torch, and the processor.
+
+    Args:
+        weights: what `describe` says of those of a layer and of the output.
+    """
     layer, keys = model.layers[0], model.setup_cache().keys
     instructions: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch can't tell
     facts = [
-        [code_digest(frozenset(map(type, layer.modules()))), repr(layer)],
-        [model.params, describe(weights), keys.shape, keys.dtype, keys.device],
+        [
+            code_digest(frozenset(map(type, (*layer.modules(), *model.output.modules())))),
+            repr(layer),
+            repr(model.output),
+        ],
+        [model.params, weights, keys.shape, keys.dtype, keys.device],
         [torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()],
         [platform.machine(), sorted(instructions.items())],
     ]

@@ -39,10 +39,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         (..., out_features)
     """
     rows = x.numel() // x.shape[-1]
-    if torch.compiler.is_compiling():
-        one_row = rows == 1 and x.is_cpu
-        return matrix_times_vector(weight, x.flatten()).view(*x.shape[:-1], -1) if one_row else F.linear(x, weight)
-    if x.dtype != torch.float32 or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() and x.is_cpu and rows == 1:
+        return matrix_times_vector(weight, x.flatten()).type_as(x).view(*x.shape[:-1], -1)
+    if x.dtype != torch.float32 or not x.is_cpu or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight)
     if MKL and 0 < rows <= SLICED_ROWS:
         return _sliced(x, weight, rows)

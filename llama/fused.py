@@ -51,10 +51,15 @@ def attention(xq: torch.Tensor, xk: torch.Tensor, xv: torch.Tensor, mask: torch.
 
 
 def matrix_times_vector(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The product of a matrix (out_features, in_features) with a vector (in_features), in the dtype of `x`."""
-    return (at_least_float32(weight) * at_least_float32(x)).sum(-1).type_as(x)
+    """The product of a matrix with a vector: (out_features, in_features) and (in_features) -> (out_features) float32.
+
+    The matrix may consist of integers. float64 stays float64.
+    """
+    # The strides change nothing, but have the compiler compute the vector once, and not again for each row.
+    vector = at_least_float32(x).as_strided(x.shape, (1,))
+    return (at_least_float32(weight) * vector).sum(-1)
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """16-bit numbers in float32, in which their products are to be summed."""
+    """Numbers of 16 bits, or integers, in float32, in which their products are to be summed."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

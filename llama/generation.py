@@ -23,7 +23,7 @@ from llama.batch import generate_batch, stream_batch
 from llama.chat_format import ChatFormat
 from llama.checkpoint import Checkpoint, check_tensors, load_model, open_checkpoint
 from llama.checkpoint.memory import check_memory, explain_out_of_memory
-from llama.compiled import compile_layers
+from llama.compiled import compile_model
 from llama.device import default_dtype
 from llama.dialog import ChatPrediction, CompletionPrediction, Dialog, Message, Role
 from llama.errors import InputError
@@ -121,7 +121,7 @@ class Llama:
             model = load_model(checkpoint, args, device=chosen_device, dtype=dtype, quantize=quantize)
             model.setup_cache()
         if compile:
-            compile_layers(model)
+            compile_model(model)
         torch.manual_seed(seed)
         logger.info("loaded %s in %.1f s", checkpoint.path, time.monotonic() - begin)
         return Llama(model, tokenizer)

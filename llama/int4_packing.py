@@ -63,12 +63,11 @@ def unpack(packed: torch.Tensor, packing: str) -> torch.Tensor:
 
 
 def _unpack_for_cpu(packed: torch.Tensor) -> torch.Tensor:
-    n_rows, in_features = len(packed), 2 * packed.shape[1]
-    values = packed.new_empty(in_features, n_rows)
-    for first, last, block, halves in cpu_blocks(n_rows):
-        blocks = packed[first:last].view(-1, in_features, block // 2).transpose(0, 1)
-        values[:, first:last] = torch.stack([blocks & 0xF, blocks >> 4], dim=2 if halves else 3).flatten(1)
-    return values
+    parts = []
+    for first, last, block, halves in cpu_blocks(len(packed)):
+        blocks = packed[first:last].view(-1, 2 * packed.shape[1], block // 2).transpose(0, 1)
+        parts.append(torch.stack([blocks & 0xF, blocks >> 4], dim=2 if halves else 3).flatten(1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 @functools.cache

@@ -261,7 +261,9 @@ class Transformer(nn.Module):
         """
         gradients = torch.is_grad_enabled() and start_pos is None
         with torch.set_grad_enabled(gradients), fast_products(tokens.numel(), self.norm.weight):
-            return self.output(self._hidden_states(tokens, start_pos)).float()
+            hidden_states = self._hidden_states(tokens, start_pos)
+            output = self.compiled.output if self.compiled is not None and self.compiled.in_use else self.output
+            return output(hidden_states).float()
 
     def hidden_states(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None = None) -> torch.Tensor:
         """`forward` without its last step: (batch, seq, dim). `logits` of the positions that are needed is the rest."""
@@ -331,10 +333,8 @@ class Transformer(nn.Module):
                 self.freqs_cis = self.freqs_cis.to(device)
         if isinstance(start_pos, torch.Tensor):
             positions = start_pos.to(device)[:, None] + torch.arange(seq, device=device)  # (batch, seq)
-            if tokens.numel() == 1:
-                return self.freqs_cis[positions], None
             mask = torch.arange(end, device=device) <= positions[:, None, :, None]  # (batch, 1, seq, end)
-            return self.freqs_cis[positions], mask
+            return self.freqs_cis[positions], None if tokens.numel() == 1 else mask
         if start_pos == 0 or seq == 1:
             return self.freqs_cis[start_pos:end], None
         mask = torch.ones(seq, end, dtype=torch.bool, device=device).tril(start_pos)  # query i stands at start_pos + i

@@ -77,12 +77,14 @@ class CachedModel(LanguageModel, Protocol):
 
 
 class CompiledForm(Protocol):
-    """The layers of a `Transformer` in a form that is quicker for some calls: see `llama.compiled`."""
+    """The layers and the output of a `Transformer` in a form that is quicker for some calls: see `llama.compiled`."""
 
     layers: Sequence[Callable[..., torch.Tensor]]
+    output: Callable[[torch.Tensor], torch.Tensor]
+    in_use: bool  # whether they take the call that `ready` was last asked about
 
     def ready(self, model: Any, tokens: torch.Tensor, start_pos: int | torch.Tensor | None, end: int) -> bool:
-        """Whether `layers` can take this call of `forward`, after which there are `end` positions."""
+        """Whether they can take this call of `forward`, after which there are `end` positions."""
         ...
 
 

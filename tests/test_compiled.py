@@ -8,7 +8,7 @@ from conftest import ScriptedTokenizer, run_python, tiny_model, torchrun
 
 from llama import Llama, Transformer, compiled
 from llama.checkpoint import load_model, open_checkpoint
-from llama.compiled import cache_folder, compile_layers
+from llama.compiled import cache_folder, compile_model
 
 pytestmark = pytest.mark.slow  # each kind of model is compiled once, in some seconds
 
@@ -39,7 +39,7 @@ def compilations(monkeypatch) -> list[int]:
 
 def compiled_model(**changes) -> Transformer:
     model = tiny_model(**changes)
-    compile_layers(model)
+    compile_model(model)
     assert model.compiled is not None
     assert model.compiled.layers
     return model
@@ -83,7 +83,7 @@ def test_greedy_tokens_and_logprobs(changes):
 
 def test_bfloat16_is_rounded_no_more_than_without():
     exact, plain, model = tiny_model(), tiny_model().bfloat16(), tiny_model().bfloat16()
-    compile_layers(model)
+    compile_model(model)
     assert model.compiled.layers
     expected = steps(exact, 20, 40)
     difference = (steps(model, 20, 40) - expected).abs().mean()
@@ -98,7 +98,7 @@ def test_quantized(quantize, tiny_checkpoint):
         load_model(checkpoint, args, device=torch.device("cpu"), dtype=torch.float32, quantize=quantize)
         for _ in range(2)
     )
-    compile_layers(model)
+    compile_model(model)
     assert model.compiled.layers
     assert (steps(model, 5, 40) - steps(plain, 5, 40)).abs().max() < 1e-4
 
@@ -165,10 +165,10 @@ def test_it_is_taken_from_the_disk_by_another_model(compilations):
     compiled_model()
     n_compiled = len(compilations)
     model, plain = tiny_model(seed=2), tiny_model(seed=2)
-    compile_layers(model)
+    compile_model(model)
     assert len(compilations) == n_compiled
     assert (steps(model, 5, 20) - steps(plain, 5, 20)).abs().max() < 1e-4
-    compile_layers(tiny_model(max_seq_len=64))  # another size of the cache
+    compile_model(tiny_model(max_seq_len=64))  # another size of the cache
     assert len(compilations) == n_compiled + 1
 
 
@@ -223,6 +223,6 @@ def test_several_processes_run_steps_as_they_are(tiny_checkpoint, tmp_path):
 
 def test_a_short_context_has_nothing_to_compile():
     model = tiny_model(max_seq_len=3)
-    compile_layers(model)
+    compile_model(model)
     assert not model.compiled.layers
     assert llama(model).generate([[1, 2]], 5, 0) == llama(tiny_model(max_seq_len=3)).generate([[1, 2]], 5, 0)

@@ -28,8 +28,8 @@ from llama.quantized import (
     round_to_int8,
 )
 
-WEIGHTS_AT_ONCE = 2**18  # of a matrix that is quantized: 1 MB in float32
-CHUNKS_BEFORE_RELEASE = 64  # after these, the memory into which the file was read is given back
+WEIGHTS_AT_ONCE = 2**20  # of a matrix that is quantized: 4 MB in float32
+CHUNKS_BEFORE_RELEASE = 16  # after these, the memory into which the file was read is given back
 
 
 def open_checkpoint(ckpt_dir: str | Path | Checkpoint) -> Checkpoint:
