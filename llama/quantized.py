@@ -211,8 +211,12 @@ def _expanded_product(x: torch.Tensor, bits: torch.Tensor, scales: torch.Tensor)
         rows = slice(first, first + n_rows)
         if bits.dtype == torch.int8:
             y[:, rows] = linear(x, bits[rows].to(x.dtype)) * scales[rows]
+            continue
+        weight = expand_int4(unpack(bits[rows], "cpu"), scales[:, rows].to(x.dtype))
+        if x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+            torch.mm(x, weight.T, out=y[:, rows])  # saves a copy
         else:
-            y[:, rows] = linear(x, expand_int4(unpack(bits[rows], "cpu"), scales[:, rows].to(x.dtype)))
+            y[:, rows] = linear(x, weight)
     return y
 
 
