@@ -206,17 +206,20 @@ def expanded_product(x: torch.Tensor, bits: torch.Tensor, scales: torch.Tensor) 
 def _expanded_product(x: torch.Tensor, bits: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     y = x.new_empty(len(x), len(bits))
     x = x.to(fast_dtype(x))
+    is_int8 = bits.dtype == torch.int8
+    into_y = x.dtype == torch.bfloat16 and not torch.is_grad_enabled()  # saves copies
     n_rows = max(torch.get_num_threads() * EXPANDED_AT_ONCE // x.shape[1] // CHUNK_ROWS, 1) * CHUNK_ROWS
     for first in range(0, len(bits), n_rows):
         rows = slice(first, first + n_rows)
-        if bits.dtype == torch.int8:
-            y[:, rows] = linear(x, bits[rows].to(x.dtype)) * scales[rows]
-            continue
-        weight = expand_int4(unpack(bits[rows], "cpu"), scales[:, rows].to(x.dtype))
-        if x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-            torch.mm(x, weight.T, out=y[:, rows])  # saves a copy
+        if is_int8:
+            weight = bits[rows].to(x.dtype)
         else:
-            y[:, rows] = linear(x, weight)
+            weight = expand_int4(unpack(bits[rows], "cpu"), scales[:, rows].to(x.dtype))
+        product = torch.mm(x, weight.T, out=y[:, rows]) if into_y else linear(x, weight)
+        if is_int8:
+            product.mul_(scales[rows])
+        if not into_y:
+            y[:, rows] = product
     return y
 
 
