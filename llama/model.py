@@ -114,9 +114,9 @@ def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor
     Returns:
         xq and xk, rotated, with the shapes and dtypes they came with.
     """
-    freqs_cis = reshape_for_broadcast(freqs_cis, xq[..., ::2])
     xq_pairs = xq.float().reshape(*xq.shape[:-1], -1, 2)  # (batch, seq, n_heads, head_dim / 2, 2)
     xk_pairs = xk.float().reshape(*xk.shape[:-1], -1, 2)
+    freqs_cis = reshape_for_broadcast(freqs_cis, xq_pairs[..., 0])
     xq_rotated, xk_rotated = multiply_complex(xq_pairs, freqs_cis), multiply_complex(xk_pairs, freqs_cis)
     return xq_rotated.flatten(-2).type_as(xq), xk_rotated.flatten(-2).type_as(xk)
 
