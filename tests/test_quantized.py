@@ -19,7 +19,7 @@ from conftest import (
     write_llama3_tokenizer,
     write_meta_checkpoint,
 )
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import llama.int4_packing
@@ -222,6 +222,8 @@ def test_products_in_4_bits(sixteens, groups, n_rows, dtype):
     st.sampled_from([1, 2, 5, 16, 17, 40]),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
+@example(64, 100, 2, torch.bfloat16)
+@example(16, 40, 1, torch.bfloat16)
 def test_products_in_8_bits(out_features, in_features, n_rows, dtype):
     check_product(quantized(random_weight(out_features, in_features), "int8", dtype), n_rows)
 
@@ -489,6 +491,18 @@ def test_ranks_hold_slices_of_the_same_weights(monkeypatch, tmp_path, kind, size
                 axis, start, stop = share(name, shape, expected.params, rank, size)
                 whole = expected.get_parameter(name)
                 assert torch.equal(weight, whole if axis is None else whole.narrow(axis, start, stop - start)), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_that_hold_the_same_kv_head(monkeypatch, tmp_path, llama3_path, kind):
+    sizes = {"ffn_dim": 256, "n_kv_heads": 2}
+    model = tiny_model(vocab_size=Tokenizer(llama3_path).n_words, **sizes)
+    path = write_meta_checkpoint(tmp_path / "meta", model, llama3_path, **sizes)
+    tokens = torch.randint(0, model.vocab_size, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = load(path, kind)(tokens)
+    for logits in Ranks(monkeypatch, 4).run(lambda: load(path, kind)(tokens)):
+        assert torch.allclose(logits, expected, atol=2e-4)
 
 
 GENERATE = """
