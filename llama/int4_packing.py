@@ -63,9 +63,10 @@ def unpack(packed: torch.Tensor, packing: str) -> torch.Tensor:
 
 
 def _unpack_for_cpu(packed: torch.Tensor) -> torch.Tensor:
+    n_rows, half_in_features = packed.shape
     parts = []
-    for first, last, block, halves in cpu_blocks(len(packed)):
-        blocks = packed[first:last].view(-1, 2 * packed.shape[1], block // 2).transpose(0, 1)
+    for first, last, block, halves in cpu_blocks(n_rows):
+        blocks = packed[first:last].view(-1, 2 * half_in_features, block // 2).transpose(0, 1)
         parts.append(torch.stack([blocks & 0xF, blocks >> 4], dim=2 if halves else 3).flatten(1))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 

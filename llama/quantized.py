@@ -200,16 +200,17 @@ def expanded_product(x: torch.Tensor, bits: torch.Tensor, scales: torch.Tensor) 
     x2d = x.reshape(-1, x.shape[-1])
     product = torch.ops.llama.expanded_product if torch.compiler.is_compiling() else _expanded_product
     y: torch.Tensor = product(x2d, bits, scales)
-    return y.view(*x.shape[:-1], len(bits))
+    return y.view(*x.shape[:-1], bits.shape[0])
 
 
 def _expanded_product(x: torch.Tensor, bits: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    y = x.new_empty(len(x), len(bits))
+    out_features = bits.shape[0]
+    y = x.new_empty(x.shape[0], out_features)
     x = x.to(fast_dtype(x))
     is_int8 = bits.dtype == torch.int8
     into_y = x.dtype == torch.bfloat16 and not torch.is_grad_enabled()  # saves copies
     n_rows = max(torch.get_num_threads() * EXPANDED_AT_ONCE // x.shape[1] // CHUNK_ROWS, 1) * CHUNK_ROWS
-    for first in range(0, len(bits), n_rows):
+    for first in range(0, out_features, n_rows):
         rows = slice(first, first + n_rows)
         if is_int8:
             weight = bits[rows].to(x.dtype)
