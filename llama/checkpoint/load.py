@@ -1,5 +1,7 @@
 """From a folder or file to a network with weights: recognise the layout, check all tensors, read this rank's slices."""
 
+import ctypes
+import sys
 from pathlib import Path
 
 import torch
@@ -155,10 +157,18 @@ def load_model(
                 checkpoint.release(name)
         else:
             weight = read_quantized(checkpoint, name, shapes[name], part, quantization, device=device, dtype=dtype)
+            release_free_memory()
         set_weight(model.get_submodule(name.removesuffix(".weight")), weight)
     if args.tie_embeddings:
         set_weight(model.output, model.tok_embeddings.weight)
     return model
+
+
+def release_free_memory() -> None:
+    """Give back freed memory that glibc keeps between what is in use: a fifth of a model that has been quantized."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # other C libraries have none
+        trim(0)
 
 
 def set_weight(layer: nn.Module, weight: torch.Tensor | QuantizedWeight) -> None:
