@@ -81,6 +81,7 @@ class CompiledModel:
         """
         # From position 1 to the last but one: the compiler makes special code for sizes of 1 and for the whole cache.
         is_step = tokens.numel() == 1 and start_pos is not None and 2 <= end < model.params.max_seq_len
+        is_step = is_step and not torch.is_autocast_enabled(tokens.device.type)
         if is_step and not self._is_current:
             self.refresh(model)
         self._is_current = is_step  # before the next prompt, the network may be changed
@@ -275,7 +276,7 @@ def compilation_key(model: Transformer, weights: list[Any]) -> str:
         ],
         [model.params, weights, keys.shape, keys.dtype, keys.device],
         [torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()],
-        [platform.machine(), sorted(instructions.items())],
+        [platform.machine(), sorted(instructions.items()) or platform.node()],
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 

@@ -31,7 +31,7 @@ INT8_COLUMNS = 16  # torch's 8-bit product takes this many input features at a t
 EXPANDED_AT_ONCE = 2**20  # weights, by each core: 2 MB in bfloat16, which the processor's cache holds
 
 # With AVX-512 the compiler's loop over 8-bit weights reads memory twice as fast as torch's kernel; with AVX2, where it
-# converts them one by one, it takes ten times as long.
+# converts them one by one, it takes nearly twenty times as long.
 COMPILED_INT8_IS_FAST = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 # Parts of torch that have no other names.
