@@ -39,12 +39,10 @@ def attention(xq: torch.Tensor, xk: torch.Tensor, xv: torch.Tensor, mask: torch.
     Returns:
         (batch, heads, queries, head_dim)
     """
-    if not torch.compiler.is_compiling() or not xq.is_cpu:
+    if not torch.compiler.is_compiling() or not xq.is_cpu or mask is not None:
         return F.scaled_dot_product_attention(xq, xk, xv, attn_mask=mask)
     xq = at_least_float32(xq) / math.sqrt(xq.shape[-1])
     scores = (xq.unsqueeze(3) * xk.unsqueeze(2)).sum(-1)  # (batch, heads, queries, end)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
     out = (weights.unsqueeze(-1) * xv.unsqueeze(2)).sum(3) / weights.sum(-1, keepdim=True)  # divides once, at the end
     return out.type_as(xv)
