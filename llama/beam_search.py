@@ -122,6 +122,7 @@ class BeamSearch:
         self.model, self.cache, self.prompts, self.params = model, cache, prompts, params
         self.searches = [PromptSearch(params, prompt_criteria) for prompt_criteria in criteria]
         self.end = max(map(len, prompts))  # of the cache
+        self.totals: torch.Tensor | None = None  # of each beam, (rows), where the logits are
         # So many that, if each beam's likeliest tokens are those that end it, enough others are left.
         self.n_candidates = max(2, 1 + len(criteria[0].stop_tokens)) * params.num_beams
 
@@ -135,11 +136,14 @@ class BeamSearch:
         sources = []
         for i, search in enumerate(self.searches):
             sources += [i * self.params.num_beams + beam for beam in search.advance(candidates[i])]
+        last_tokens = [beam.tokens[-1] if beam.tokens else 0 for beam in self._beams()]
+        # In one tensor, and so in one copy to the device. float32 holds ids exactly, up to 2^24.
+        rows = [sources, last_tokens, [beam.total for beam in self._beams()]]
+        rows_of, tokens, self.totals = torch.tensor(rows, device="cpu").to(logits.device, non_blocking=True)
         if not self.done and self.cache is not None:
-            self.cache.reorder(torch.tensor(sources), self.end)
+            self.cache.reorder(rows_of.long(), self.end)
             self.end += 1
-        beams = [beam for search in self.searches for beam in search.beams]
-        return torch.tensor([beam.tokens[-1] if beam.tokens else 0 for beam in beams], device=logits.device)
+        return tokens.long()
 
     def pieces(self) -> Iterator[Piece]:
         """The best answers, one row each."""
@@ -151,25 +155,30 @@ class BeamSearch:
                 for piece in (*pieces, *output.finish()):
                     yield piece._replace(score=score if piece.ended else None)
 
+    def _beams(self) -> list[Beam]:
+        """All beams: one for each row of the batch."""
+        return [beam for search in self.searches for beam in search.beams]
+
     def _candidates(self, logits: torch.Tensor) -> list[list[Candidate]]:
         """For each prompt, the likeliest continuations of its beams, the likeliest first."""
-        beams = [beam for search in self.searches for beam in search.beams]
         tokens = [self.prompts[i] + beam.tokens for i, search in enumerate(self.searches) for beam in search.beams]
         logprobs = torch.log_softmax(logits, dim=-1)  # (prompts * num_beams, vocab_size)
         # What a logits_processor adds to a logit, it adds to the log-probability: as in Hugging Face's, the
         # probabilities that are left don't sum to 1 any more.
         processed_logprobs = self.params.process(self.model, tokens, logits) - logits.logsumexp(dim=-1, keepdim=True)
-        totals = torch.tensor([beam.total for beam in beams], dtype=logits.dtype, device=logits.device)
+        if self.totals is None:
+            self.totals = torch.tensor([beam.total for beam in self._beams()], device=logits.device)
         vocab_size = logprobs.shape[-1]
-        sums = (processed_logprobs + totals[:, None]).view(len(self.searches), -1)  # (prompts, num_beams * vocab_size)
+        sums = (processed_logprobs + self.totals[:, None]).view(len(self.searches), -1)  # (prompts, beams * vocab_size)
         values, flat_ids = sums.topk(min(self.n_candidates, sums.shape[-1]), dim=-1)  # (prompts, n_candidates)
-        values, flat_ids = broadcast(values), broadcast(flat_ids)
         token_logprobs = logprobs.view(len(self.searches), -1).gather(-1, flat_ids)
+        # In one tensor, and so with one wait for the device. float32 holds ids exactly, up to 2^24.
+        best = torch.stack((flat_ids // vocab_size, flat_ids % vocab_size, token_logprobs, values), dim=-1)
         candidates = []
-        for i, row in enumerate(zip(flat_ids.tolist(), token_logprobs.tolist(), values.tolist(), strict=True)):
+        for i, prompt_best in enumerate(broadcast(best).tolist()):
             possible = [
-                Candidate(flat_id // vocab_size, flat_id % vocab_size, logprob, total)
-                for flat_id, logprob, total in zip(*row, strict=True)
+                Candidate(int(beam), int(token), logprob, total)
+                for beam, token, logprob, total in prompt_best
                 if total != -math.inf
             ]
             if not self.searches[i].done and (not possible or any(math.isnan(c.total) for c in possible)):

@@ -1,4 +1,4 @@
-"""Decoding steps in compiled form: `Llama.build(..., compile=True)`.
+"""Decoding steps in compiled form: `Llama.build(..., compile=True)`. On a GPU, see `llama.captured` instead.
 
 The network stays the one of `llama.model`. Its layers are all alike, so that one of them is compiled, as a function of
 its inputs and its weights, and serves as all of them. On a CPU a layer becomes one C++ function, whose loops read each
@@ -20,7 +20,7 @@ import platform
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from llama.captured import CapturedModel, has_hooks
 from llama.distributed import model_parallel_size
 from llama.kv_cache import LayerCache
 from llama.model import Transformer
@@ -40,53 +41,61 @@ MIN_SEQ_LEN = 4  # a shorter context has no step to compile
 
 
 def compile_model(model: Transformer) -> None:
-    """Compile a network's layers and output, or take them from the disk, for its steps of one row.
+    """Make a network's decoding steps faster. Where that fails, a warning says why, and they run as they are.
 
-    Where that fails, a warning says why, and all steps run as they are.
+    On a CPU its layers and output are compiled, or taken from the disk; on CUDA, steps will be captured when they come.
     """
+    device = model.norm.weight.device
     if model_parallel_size() > 1:
         logger.warning("compile=True has no effect with several processes: they exchange data within each layer")
-        return
-    model.compiled = CompiledModel()
-    model.compiled.refresh(model)
+    elif device.type == "cuda":
+        model.compiled = CapturedModel()
+    elif device.type == "cpu":
+        model.compiled = CompiledModel()
+        model.compiled.refresh(model)
+    else:
+        logger.warning("compile=True has no effect on %s", device)
 
 
 class CompiledModel:
     """The layers and the output of a network in compiled form, for steps of one token of one row.
 
     Attributes:
-        layers, output: what takes the place of the network's in a call that they are ready for.
-        in_use: whether that is so in the call that `ready` was last asked about.
+        layers: what takes the place of the network's layers; empty where they run as they are.
+        is_current: whether they are known to be those of the network as it is now. Set to False, it is looked at again.
     """
 
     def __init__(self) -> None:
-        self.layers: Sequence[Callable[..., torch.Tensor]] = []
-        self.output: Callable[[torch.Tensor], torch.Tensor]
-        self.in_use = False
+        self.layers: list[Callable[..., torch.Tensor]] = []
+        self.is_current = False
+        self._logits: Callable[[torch.Tensor], torch.Tensor]  # hidden states -> logits
         self._functions: tuple[Function, Function | None] | None = None  # of a layer, and of the output
         self._key = ""  # what they were compiled for, or could not be
-        self._is_current = False  # whether `layers` are known to be those of the network as it is now
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return CompiledModel, ()  # a copy of the network compiles for itself
 
-    def ready(self, model: Transformer, tokens: torch.Tensor, start_pos: int | torch.Tensor | None, end: int) -> bool:
-        """Whether `layers` and `output` can take this call.
+    def step(
+        self, model: Transformer, tokens: torch.Tensor, start_pos: int | torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The logits of a decoding step of one row; None for any other call.
 
         Args:
             model: the network, always the same.
-            tokens: (batch, seq)
-            start_pos: see `Transformer.forward`.
-            end: the position after the last of `tokens`.
+            tokens, start_pos: see `Transformer.forward`.
         """
+        if start_pos is None or tokens.numel() != 1 or torch.is_autocast_enabled(tokens.device.type):
+            return None
+        end = model.check_call(tokens, start_pos)
         # From position 1 to the last but one: the compiler makes special code for sizes of 1 and for the whole cache.
-        is_step = tokens.numel() == 1 and start_pos is not None and 2 <= end < model.params.max_seq_len
-        is_step = is_step and not torch.is_autocast_enabled(tokens.device.type)
-        if is_step and not self._is_current:
+        if not 2 <= end < model.params.max_seq_len:
+            return None
+        if not self.is_current:
             self.refresh(model)
-        self._is_current = is_step  # before the next prompt, the network may be changed
-        self.in_use = is_step and bool(self.layers)
-        return self.in_use
+            self.is_current = True
+        if not self.layers:
+            return None
+        return self._logits(model.run_layers(tokens, torch.tensor([end - 1], device="cpu"), end, self.layers))
 
     def refresh(self, model: Transformer) -> None:
         """Make `layers` those of the network as it is now: a weight may have been replaced, or a hook registered."""
@@ -111,9 +120,9 @@ class CompiledModel:
         if self._functions is not None:
             layer_function, output_function = self._functions
             self.layers = [bind_layer(layer_function, list(tensors.values())) for tensors in weights]
-            self.output = model.output
+            self._logits = model.logits
             if output_function is not None:
-                self.output = bind_output(output_function, list(output_weights.values()))
+                self._logits = bind_output(output_function, list(output_weights.values()))
 
     def _compile(self, model: Transformer, key: str) -> tuple[Function, Function | None]:
         """The compiled layer, and the compiled output where it is faster than torch's product."""
@@ -134,8 +143,8 @@ def bind_layer(function: Function, weights: list[torch.Tensor]) -> Callable[...,
 
 
 def bind_output(function: Function, weights: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What takes the output's place, with its weights."""
-    return lambda h: function([h, *weights])[0]
+    """What takes the place of `Transformer.logits`, with the output's weights."""
+    return lambda h: function([h, *weights])[0].float()
 
 
 class ModuleFunction(nn.Module):
@@ -253,11 +262,6 @@ def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
 def describe(tensors: dict[str, torch.Tensor]) -> list[Any]:
     """What compiled code depends on, of these tensors."""
     return [(name, t.shape, t.stride(), t.dtype, t.device) for name, t in tensors.items()]
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a module, or one in it, has a hook, which compiled code would not call."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def compilation_key(model: Transformer, weights: list[Any]) -> str:

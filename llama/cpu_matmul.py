@@ -6,11 +6,7 @@ kernels) are each quick where the others are slow, and torch doesn't always take
 has the measurements. On other devices `linear` is `F.linear`.
 """
 
-import contextlib
 import math
-import os
-import threading
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +16,6 @@ from llama.fused import matrix_times_vector
 MKL = torch.backends.mkl.is_available()
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 SLICED_ROWS = 4  # in float32: up to this many rows MKL with slices is faster, with more oneDNN
-NATIVE_ROWS = 2  # in 16 bits: up to this many rows torch's own kernels are faster than oneDNN
-NATIVE_IS_FAST = torch.__version__ >= "2.7"  # (compared as a version) before, they were slower than oneDNN
 
 # glibc returns freed memory to the system at once, so that each new tensor costs page faults (a tenth of a prefill of
 # 512 tokens), until a large block has been freed: that raises its limits. This one is never touched, so it takes none.
@@ -63,52 +57,3 @@ def _sliced(x: torch.Tensor, weight: torch.Tensor, rows: int) -> torch.Tensor:
     y = torch.bmm(weight.view(slices, -1, in_features), columns)  # (slices, out_features / slices, rows)
     y = y if rows == 1 else y.view(out_features, rows).t().contiguous()
     return y.view(*x.shape[:-1], out_features)
-
-
-_lock = threading.Lock()
-_active = 0  # `fast_products` blocks that have oneDNN switched off, in all threads
-_onednn_enabled = True  # what the program had chosen before the first of them
-
-
-@contextlib.contextmanager
-def fast_products(rows: int, weight: torch.Tensor) -> Iterator[None]:
-    """Choose the fastest library for products of `rows` rows with weights of this dtype and device, within the block.
-
-    For one or two rows in bfloat16 or float16 that is torch's own kernel, three times as fast as oneDNN. It can only be
-    chosen by a switch of the whole process, which is put back when the last block ends.
-    """
-    global _active, _onednn_enabled
-    if (
-        not NATIVE_IS_FAST
-        or rows > NATIVE_ROWS
-        or weight.dtype not in (torch.bfloat16, torch.float16)
-        or weight.device.type != "cpu"
-        or torch.compiler.is_compiling()
-    ):
-        yield
-        return
-    with _lock:
-        if _active == 0:
-            _onednn_enabled = torch._C._get_mkldnn_enabled()
-            torch._C._set_mkldnn_enabled(False)
-        _active += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _active -= 1
-            if _active == 0:
-                torch._C._set_mkldnn_enabled(_onednn_enabled)
-
-
-def _after_fork() -> None:
-    """In a forked process no other thread runs, and so no block of one."""
-    global _lock, _active
-    _lock = threading.Lock()
-    if _active > 0:
-        _active = 0
-        torch._C._set_mkldnn_enabled(_onednn_enabled)
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_after_fork)

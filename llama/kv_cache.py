@@ -14,8 +14,8 @@ class LayerCache(NamedTuple):
 
     def update(self, xk: torch.Tensor, xv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store this call's keys and values, (batch, n_kv_heads, seq, head_dim), and return all up to `end`."""
-        self.keys[self.slots] = xk
-        self.values[self.slots] = xv
+        self.keys[self.slots] = xk.type_as(self.keys)  # under autocast, theirs is another
+        self.values[self.slots] = xv.type_as(self.values)
         return self.keys, self.values
 
 
@@ -40,29 +40,32 @@ class KVCache:
             self.values = torch.zeros_like(self.keys)
         self.tokens: list[list[int]] = []
 
-    def layers(self, batch: int, seq: int, start_pos: int | torch.Tensor) -> list[LayerCache]:
+    def layers(self, batch: int, seq: int, start_pos: int | torch.Tensor, end: int | None = None) -> list[LayerCache]:
         """Each layer's part of the cache for a call that adds `seq` tokens to each of the first `batch` rows.
 
         Args:
             start_pos: the position of each row's first new token: an int, or (batch,) int64 where rows differ.
+            end: how many positions are attended to; None for those that are filled then.
         """
         self.tokens = []  # this call changes what is there
         if isinstance(start_pos, torch.Tensor):
-            end, device = int(start_pos.max()) + seq, self.keys.device
+            end, device = int(start_pos.max()) + seq if end is None else end, self.keys.device
             positions = start_pos.to(device)[:, None] + torch.arange(seq, device=device)  # (batch, seq)
             rows = torch.arange(batch, device=device)[:, None, None]
             heads = torch.arange(self.keys.shape[2], device=device)[:, None]
-            slots: tuple[Any, ...] = (rows, heads, positions[:, None])  # indexes (batch, n_kv_heads, seq) slots
+            # (batch, n_kv_heads, seq) each, and whole: a GPU would otherwise lay them out again in every layer.
+            indices = torch.broadcast_tensors(rows, heads, positions[:, None])
+            slots: tuple[Any, ...] = tuple(i.clone(memory_format=torch.contiguous_format) for i in indices)
         else:
-            end = start_pos + seq
-            slots = (..., slice(start_pos, end), slice(None))
+            end = start_pos + seq if end is None else end
+            slots = (..., slice(start_pos, start_pos + seq), slice(None))
         keys, values = self.keys[:, :batch, :, :end].unbind(0), self.values[:, :batch, :, :end].unbind(0)
         return [LayerCache(k, v, slots) for k, v in zip(keys, values, strict=True)]
 
     def reorder(self, rows: torch.Tensor, end: int) -> None:
         """Make row i hold what row `rows[i]` holds, up to position `end`."""
         self.tokens = []
-        rows = rows.to(self.keys.device)
+        rows = rows.to(self.keys.device, non_blocking=True)
         for tensor in (*self.keys, *self.values):  # a layer at a time, so that the copies stay small
             tensor[: len(rows), :, :end] = tensor[:, :, :end].index_select(0, rows)
 

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llama.cpu_matmul import fast_products
 from llama.distributed import model_parallel_size
 from llama.errors import InputError
+from llama.fast_kernels import fast_kernels
 from llama.fused import attention, multiply_complex
 from llama.kv_cache import KVCache, LayerCache
 from llama.model_args import ModelArgs, feed_forward_size
@@ -29,7 +29,10 @@ from llama.parallel import (
     VocabParallelEmbedding,
     local_kv_heads,
 )
+from llama.positions import fixed_end, has_fixed_steps, lay_out_positions, rotations_on, step_positions
 from llama.protocols import CompiledForm
+
+Layer = Callable[..., torch.Tensor]  # a `TransformerBlock`, or what takes its place
 
 
 class RMSNorm(nn.Module):
@@ -161,7 +164,7 @@ class Attention(nn.Module):
         else:
             # The n_rep query heads that share a kv head become rows of one head: plain attention, on any device.
             xq = xq.reshape(batch, self.n_local_kv_heads, self.n_rep * seq, self.head_dim)
-            mask = None if mask is None else mask.repeat(1, 1, self.n_rep, 1)
+            mask = mask if mask is None or seq == 1 else mask.repeat(1, 1, self.n_rep, 1)
             out = attention(xq, xk, xv, mask)
         out = out.reshape(batch, self.n_local_heads, seq, self.head_dim)
         return self.wo(out.transpose(1, 2).flatten(2))  # (batch, seq, dim)
@@ -220,8 +223,7 @@ class Transformer(nn.Module):
         super().__init__()
         params.check(model_parallel_size())
         self.params = params
-        self.vocab_size = params.vocab_size
-        self.n_layers = params.n_layers
+        self.vocab_size, self.n_layers = params.vocab_size, params.n_layers
         self.tok_embeddings = VocabParallelEmbedding(params.vocab_size, params.dim)
         self.layers = nn.ModuleList(TransformerBlock(layer_id, params) for layer_id in range(params.n_layers))
         self.norm = RMSNorm(params.dim, eps=params.norm_eps)
@@ -259,21 +261,23 @@ class Transformer(nn.Module):
         Raises:
             InputError: more rows or positions than `max_batch_size` or `max_seq_len`.
         """
-        gradients = torch.is_grad_enabled() and start_pos is None
-        with torch.set_grad_enabled(gradients), fast_products(tokens.numel(), self.norm.weight):
-            hidden_states = self._hidden_states(tokens, start_pos)
-            output = self.compiled.output if self.compiled is not None and self.compiled.in_use else self.output
-            return output(hidden_states).float()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and start_pos is None):
+            logits = None if self.compiled is None else self.compiled.step(self, tokens, start_pos)
+            return self.logits(self.hidden_states(tokens, start_pos)) if logits is None else logits
 
     def hidden_states(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None = None) -> torch.Tensor:
         """`forward` without its last step: (batch, seq, dim). `logits` of the positions that are needed is the rest."""
-        gradients = torch.is_grad_enabled() and start_pos is None
-        with torch.set_grad_enabled(gradients), fast_products(tokens.numel(), self.norm.weight):
-            return self._hidden_states(tokens, start_pos)
+        end, max_seq_len = self.check_call(tokens, start_pos), self.params.max_seq_len
+        if self.compiled is not None:
+            self.compiled.is_current = False  # before the next prompt, the network may be changed
+        if start_pos is not None and tokens.shape[1] == 1 and has_fixed_steps(tokens.device):
+            start_pos, end = step_positions(start_pos, len(tokens), tokens.device), fixed_end(end, max_seq_len)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and start_pos is None):
+            return self.run_layers(tokens, start_pos, end, self.layers)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., dim) -> (..., vocab_size) float32."""
-        with fast_products(hidden_states.shape[:-1].numel(), self.norm.weight):
+        with fast_kernels(hidden_states.shape[:-1].numel(), self.norm.weight):
             return self.output(hidden_states).float()
 
     def setup_cache(self) -> KVCache:
@@ -286,21 +290,30 @@ class Transformer(nn.Module):
             cache = self.cache = KVCache(shape, device=weight.device, dtype=weight.dtype)
         return cache
 
-    def _hidden_states(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None) -> torch.Tensor:
-        end = self._check(tokens, start_pos)
-        h = self.tok_embeddings(tokens)  # (batch, seq, dim)
-        layers: Iterable[Callable[..., torch.Tensor]] = self.layers
-        if self.compiled is not None and self.compiled.ready(self, tokens, start_pos, end):
-            layers, start_pos = self.compiled.layers, torch.tensor([end - 1], device="cpu")
-        freqs_cis, mask = self._positions(tokens, 0 if start_pos is None else start_pos, end)
-        caches: Sequence[LayerCache | None] = [None] * self.n_layers
-        if start_pos is not None:
-            caches = self.setup_cache().layers(len(tokens), tokens.shape[1], start_pos)
-        for layer, layer_cache in zip(layers, caches, strict=True):
-            h = layer(h, freqs_cis, mask, layer_cache)
-        return self.norm(h)
+    def run_layers(
+        self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None, end: int, layers: Iterable[Layer]
+    ) -> torch.Tensor:
+        """`hidden_states` of a call that `check_call` has accepted.
 
-    def _check(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None) -> int:
+        Args:
+            start_pos: see `forward`; as a tensor, (batch,) on any device: its values are not looked at.
+            end: how many positions the last token attends to, or more: those after a row's own tokens are masked.
+            layers: the network's, or others in their place.
+        """
+        with fast_kernels(tokens.numel(), self.norm.weight):
+            h = self.tok_embeddings(tokens)  # (batch, seq, dim)
+            batch, seq, _ = h.shape
+            if self.freqs_cis.device != h.device:
+                self.freqs_cis = rotations_on(h.device, self.freqs_cis)
+            freqs_cis, mask = lay_out_positions(self.freqs_cis, start_pos, seq, end, h.dtype)
+            caches: Sequence[LayerCache | None] = [None] * self.n_layers
+            if start_pos is not None:
+                caches = self.setup_cache().layers(batch, seq, start_pos, end)
+            for layer, layer_cache in zip(layers, caches, strict=True):
+                h = layer(h, freqs_cis, mask, layer_cache)
+            return self.norm(h)
+
+    def check_call(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None) -> int:
         """The position after the last of `tokens` in any row. InputError if they don't fit the cache."""
         if tokens.dim() != 2:
             raise InputError(f"tokens must be (batch, seq), not of shape {tuple(tokens.shape)}")
@@ -317,25 +330,3 @@ class Transformer(nn.Module):
         if start_pos is not None and batch > self.params.max_batch_size:
             raise InputError(f"{batch} rows are more than max_batch_size={self.params.max_batch_size}")
         return int(last + seq)
-
-    def _positions(
-        self, tokens: torch.Tensor, start_pos: int | torch.Tensor, end: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What every layer needs to know of the positions of `tokens`, (batch, seq).
-
-        Returns:
-            freqs_cis: their rotations, (seq, head_dim / 2), or (batch, seq, head_dim / 2) where rows differ.
-            mask: True where a token may attend, (1 or batch, 1, seq, end); None if to all positions up to its own.
-        """
-        seq, device = tokens.shape[1], tokens.device
-        if self.freqs_cis.device != device:
-            with torch.inference_mode(False):
-                self.freqs_cis = self.freqs_cis.to(device)
-        if isinstance(start_pos, torch.Tensor):
-            positions = start_pos.to(device)[:, None] + torch.arange(seq, device=device)  # (batch, seq)
-            mask = torch.arange(end, device=device) <= positions[:, None, :, None]  # (batch, 1, seq, end)
-            return self.freqs_cis[positions], None if tokens.numel() == 1 else mask
-        if start_pos == 0 or seq == 1:
-            return self.freqs_cis[start_pos:end], None
-        mask = torch.ones(seq, end, dtype=torch.bool, device=device).tril(start_pos)  # query i stands at start_pos + i
-        return self.freqs_cis[start_pos:end], mask[None, None]

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from llama.dialog import Dialog
@@ -77,14 +76,12 @@ class CachedModel(LanguageModel, Protocol):
 
 
 class CompiledForm(Protocol):
-    """The layers and the output of a `Transformer` in a form that is quicker for some calls: see `llama.compiled`."""
+    """A form of a `Transformer` that is quicker for decoding steps: see `llama.compiled` and `llama.captured`."""
 
-    layers: Sequence[Callable[..., torch.Tensor]]
-    output: Callable[[torch.Tensor], torch.Tensor]
-    in_use: bool  # whether they take the call that `ready` was last asked about
+    is_current: bool  # whether it is known to be that of the network as it is now; False makes it look again
 
-    def ready(self, model: Any, tokens: torch.Tensor, start_pos: int | torch.Tensor | None, end: int) -> bool:
-        """Whether they can take this call of `forward`, after which there are `end` positions."""
+    def step(self, model: Any, tokens: torch.Tensor, start_pos: int | torch.Tensor | None) -> torch.Tensor | None:
+        """The logits of this call of `forward`; None for one that it can't take."""
         ...
 
 

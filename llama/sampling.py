@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from llama.positions import has_fixed_steps
+
 
 def sample(
     logits: torch.Tensor,
@@ -27,11 +29,10 @@ def sample(
     if temperature == 0 or top_k == 1:
         next_token = logits.argmax(dim=-1)
     else:
-        logits = torch.where(finite[:, None], logits, 0.0) / temperature  # torch.multinomial aborts on NaN
+        logits = torch.where(finite[:, None], logits, 0.0) / temperature  # torch.multinomial refuses NaN
         if top_k is not None:
             logits = keep_top_k(logits, top_k)
-        probs = torch.softmax(logits, dim=-1)
-        next_token = sample_top_p(probs, top_p, generator=generator).squeeze(-1)
+        next_token = sample_top_p(torch.softmax(logits, dim=-1), top_p, generator=generator).squeeze(-1)
     return torch.where(finite, next_token, -1)
 
 
@@ -48,17 +49,27 @@ def sample_top_p(probs: torch.Tensor, p: float, *, generator: torch.Generator | 
     Returns:
         Token ids, (batch, 1).
     """
-    next_token = _sample_top_p_without_sort(probs, p, generator)
-    if next_token is None:
+    vocab_size, count = probs.shape[-1], _n_to_sort(probs, p)
+    if count == vocab_size:
         sorted_probs, sorted_ids = torch.sort(probs, dim=-1, descending=True)
-        nucleus = sorted_probs.masked_fill(torch.cumsum(sorted_probs, dim=-1) - sorted_probs > p, 0.0)
-        choice = torch.multinomial(nucleus / nucleus.sum(dim=-1, keepdim=True), num_samples=1, generator=generator)
-        next_token = sorted_ids.gather(-1, choice)  # (batch, 1)
-    return next_token
+    else:
+        sorted_probs, sorted_ids = probs.topk(count, dim=-1)  # (batch, count)
+    nucleus = sorted_probs.masked_fill(torch.cumsum(sorted_probs, dim=-1) - sorted_probs > p, 0.0)
+    # As wide as the vocabulary, so that as many random numbers are used, and the sum is rounded alike.
+    nucleus = F.pad(nucleus, (0, vocab_size - count))
+    nucleus = nucleus / nucleus.sum(dim=-1, keepdim=True)
+    if has_fixed_steps(probs.device):  # what torch.multinomial does, but for its checks: they make the host wait
+        noise = torch.empty_like(nucleus).exponential_(generator=generator)
+        choice = (nucleus / noise).argmax(dim=-1, keepdim=True)
+    else:
+        choice = torch.multinomial(nucleus, num_samples=1, generator=generator)
+    if count < vocab_size and ((probs == sorted_probs.gather(-1, choice)).sum(dim=-1) > 1).any():
+        sorted_ids = torch.sort(probs, dim=-1, descending=True).indices  # topk may order equally likely ones otherwise
+    return sorted_ids.gather(-1, choice)  # (batch, 1)
 
 
-def _sample_top_p_without_sort(probs: torch.Tensor, p: float, generator: torch.Generator | None) -> torch.Tensor | None:
-    """The same tokens as `sample_top_p`, faster on a CPU; None where it would not be.
+def _n_to_sort(probs: torch.Tensor, p: float) -> int:
+    """How many of the likeliest tokens are sure to hold the nucleus; the whole vocabulary where a sort is as fast.
 
     Sorting a vocabulary of 128,256 takes a CPU 10 ms, and a few hundred tokens hold nearly all of the probability.
     Those below (1 - p) / vocab_size have less than 1 - p together, so the others reach p without them. (Half of that
@@ -66,19 +77,9 @@ def _sample_top_p_without_sort(probs: torch.Tensor, p: float, generator: torch.G
     """
     vocab_size = probs.shape[-1]
     if probs.device.type != "cpu" or p >= 0.999:
-        return None
+        return vocab_size
     count = int((probs >= (1 - p) / (2 * vocab_size)).sum(dim=-1).max())
-    if count >= vocab_size // 8:
-        return None
-    sorted_probs, sorted_ids = probs.topk(count, dim=-1)  # (batch, count)
-    nucleus = sorted_probs.masked_fill(torch.cumsum(sorted_probs, dim=-1) - sorted_probs > p, 0.0)
-    # As wide as the vocabulary, so that as many random numbers are used, and the sum is rounded alike.
-    nucleus = F.pad(nucleus, (0, vocab_size - count))
-    choice = torch.multinomial(nucleus / nucleus.sum(dim=-1, keepdim=True), num_samples=1, generator=generator)
-    tied = (probs == sorted_probs.gather(-1, choice)).sum(dim=-1) > 1
-    if tied.any():  # topk and sort may order equally likely tokens differently
-        sorted_ids = torch.sort(probs, dim=-1, descending=True).indices
-    return sorted_ids.gather(-1, choice)
+    return count if count < vocab_size // 8 else vocab_size
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:

@@ -95,10 +95,10 @@ def test_the_core_knows_only_two_wings(imports):
     assert "llama.model_lock" in seen
 
 
-def test_private_parts_of_torch_are_used_in_two_modules():
+def test_private_parts_of_torch_are_used_in_few_modules():
     private = re.compile(r"torch\._C\b|torch import _C\b|\b_cdata\b|_hooks\b")
     users = [module for module, path in MODULES.items() if private.search(path.read_text())]
-    assert users == ["llama.compiled", "llama.cpu_matmul"]
+    assert users == ["llama.captured", "llama.compiled", "llama.cpu_matmul", "llama.fast_kernels"]
 
 
 def test_the_core_has_at_most_1300_lines():
@@ -106,7 +106,8 @@ def test_the_core_has_at_most_1300_lines():
     assert sum(lengths.values()) <= 1300, lengths
 
 
-NOT_COUNTED = ["model.py", "kv_cache.py", "parallel.py", "cpu_matmul.py", "fused.py"]  # the network
+# The network:
+NOT_COUNTED = ["model.py", "kv_cache.py", "positions.py", "parallel.py", "cpu_matmul.py", "fast_kernels.py", "fused.py"]
 
 
 def functions_called(function) -> set[tuple[str, str]]:

@@ -1,16 +1,12 @@
-"""Matrix products on a CPU: the same result from whichever library, and the program's settings stay as they are."""
-
-import os
-import signal
-import threading
+"""Matrix products on a CPU: the same result from whichever library."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model
 
-from llama import cpu_matmul
-from llama.cpu_matmul import NATIVE_IS_FAST, fast_products, linear
+from llama.cpu_matmul import linear
+from llama.fast_kernels import fast_kernels
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -23,7 +19,7 @@ def test_every_number_of_rows(dtype, out_features, leading, gradients):
     torch.manual_seed(0)
     x, weight = torch.randn(*leading, 24, dtype=dtype), torch.randn(out_features, 24, dtype=dtype)
     expected = x.double() @ weight.double().T
-    with torch.set_grad_enabled(gradients), fast_products(x[..., 0].numel(), weight):
+    with torch.set_grad_enabled(gradients), fast_kernels(x[..., 0].numel(), weight):
         y = linear(x, weight)
     assert (y.shape, y.dtype) == (expected.shape, dtype)
     assert y.is_contiguous()
@@ -49,75 +45,6 @@ def test_gradients(rows):
     expected = torch.autograd.grad((F.linear(x, weight) * factors).sum(), (x, weight))
     for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize("before", [True, False])
-def test_the_switch_of_onednn_is_put_back(before):
-    weight = torch.zeros(2, 2, dtype=torch.bfloat16)
-    within = before and not NATIVE_IS_FAST  # the switch in the block
-    entered, may_leave = threading.Barrier(2), threading.Barrier(2)
-
-    def work():
-        with fast_products(1, weight):
-            entered.wait()
-            may_leave.wait()  # this block ends after that of the main thread, which began before it
-
-    chosen = torch._C._get_mkldnn_enabled()
-    try:
-        torch._C._set_mkldnn_enabled(before)
-        with pytest.raises(KeyError), fast_products(1, weight), fast_products(1, weight):
-            raise KeyError
-        assert torch._C._get_mkldnn_enabled() == before
-        thread = threading.Thread(target=work, daemon=True)
-        with fast_products(1, weight):
-            thread.start()
-            entered.wait()
-            assert torch._C._get_mkldnn_enabled() == within
-        assert torch._C._get_mkldnn_enabled() == within
-        may_leave.wait()
-        thread.join()
-        assert torch._C._get_mkldnn_enabled() == before
-        for rows, other in ((100, weight), (1, weight.float())):
-            with fast_products(rows, other):
-                assert torch._C._get_mkldnn_enabled() == before
-    finally:
-        torch._C._set_mkldnn_enabled(chosen)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on Windows")
-def test_a_process_forked_within_a_block():
-    """The child has no thread that would leave the block, or that would release the lock."""
-    weight = torch.zeros(2, 2, dtype=torch.bfloat16)
-    entered, may_leave = threading.Event(), threading.Event()
-
-    def work():
-        with fast_products(1, weight):
-            entered.set()
-            may_leave.wait()
-
-    before = torch._C._get_mkldnn_enabled()
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    entered.wait()
-    cpu_matmul._lock.acquire()  # as another thread might have done
-    child = os.fork()
-    if child == 0:
-        exit_code = 1
-        try:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(10)  # ends the child if it waits for ever
-            assert torch._C._get_mkldnn_enabled() == before
-            with fast_products(1, weight):
-                pass
-            assert torch._C._get_mkldnn_enabled() == before
-            exit_code = 0
-        finally:
-            os._exit(exit_code)
-    cpu_matmul._lock.release()
-    may_leave.set()
-    thread.join()
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert torch._C._get_mkldnn_enabled() == before
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from conftest import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama import sampling
 from llama.sampling import keep_top_k, sample, sample_top_p, sampling_probs, token_logprobs
 
 
@@ -180,3 +181,22 @@ def test_same_tokens_where_all_likely_ones_are_equally_likely():
         expected = sample_top_p_by_sorting(probs, 0.9)
         torch.manual_seed(seed)
         assert torch.equal(sample_top_p(probs, 0.9), expected)
+
+
+@given(
+    rows=st.integers(1, 4),
+    vocab_size=st.sampled_from([5, 320, 32_000]),
+    p=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+@examples(100)
+def test_a_gpu_samples_the_same_without_a_wait_for_the_device(rows, vocab_size, p, seed):
+    """There it isn't by torch.multinomial; the generator is left in the same state."""
+    probs = torch.softmax(3 * torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)), dim=-1)
+    generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
+    expected = sample_top_p(probs, p, generator=generators[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "has_fixed_steps", lambda device: True)
+        patch.setattr(torch, "multinomial", None)
+        assert torch.equal(sample_top_p(probs, p, generator=generators[1]), expected)
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())

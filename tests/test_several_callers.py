@@ -17,7 +17,6 @@ import torch
 from conftest import ROOT, ScriptedModel, ScriptedTokenizer, tiny_model, torchrun
 
 from llama import Llama
-from llama.cpu_matmul import fast_products
 from llama.model_lock import ModelLock, lock_of
 
 PATIENCE = 10.0  # seconds within which everything must go on, whoever else waits for whom
@@ -332,32 +331,6 @@ stream = Llama(Slow(max_seq_len=4000), ScriptedTokenizer(())).generate_stream([[
 next(stream)
 {after}
 """
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_a_fork_finds_the_cpus_libraries_as_they_were():
-    """While a bfloat16 step runs in another thread, oneDNN is switched off for the whole process."""
-    weight = torch.zeros(4, 4, dtype=torch.bfloat16)
-    inside, leave = threading.Event(), threading.Event()
-
-    def compute() -> None:
-        with fast_products(1, weight):
-            inside.set()
-            leave.wait()
-
-    enabled = torch._C._get_mkldnn_enabled()
-    thread = threading.Thread(target=compute)
-    thread.start()
-    inside.wait()
-    child = os.fork()
-    if child == 0:
-        with fast_products(1, weight):
-            pass
-        os._exit(0 if torch._C._get_mkldnn_enabled() == enabled else 1)
-    leave.set()
-    thread.join()
-    assert os.waitpid(child, 0) == (child, 0)
 
 
 @pytest.mark.parametrize("moment", ["start", "join"])

@@ -1,0 +1,190 @@
+"""Captured decoding steps. There is no GPU here: a stand-in for CUDA graphs repeats on the CPU what it has captured."""
+
+import copy
+import pickle
+import re
+from typing import ClassVar
+
+import pytest
+import torch
+from conftest import ScriptedTokenizer, tiny_model
+from test_mixed_devices import fake_cuda, on_cuda
+
+from llama import Llama, Transformer, captured, positions
+from llama import model as model_module
+from llama.captured import CapturedModel
+from llama.compiled import compile_model
+from llama.errors import InputError
+
+PROMPT = list(range(3, 20))
+
+
+class Graph:
+    """Repeats a function at each replay, into the tensor that its first call returned."""
+
+    graphs: ClassVar[list["Graph"]] = []
+
+    def __init__(self, run, pool):
+        self.run, self.output, self.n_replays = run, run().clone(), 0
+        self._pool = object() if pool is None else pool
+        Graph.graphs.append(self)
+
+    def replay(self):
+        self.n_replays += 1
+        self.output.copy_(self.run())
+
+    def pool(self):
+        return self._pool
+
+
+@pytest.fixture(autouse=True)
+def cuda_on_the_cpu(monkeypatch):
+    """Steps have a fixed shape, of 16, 32, ... positions, and are captured by `Graph`."""
+
+    def capture(run, device, pool):
+        graph = Graph(run, pool)
+        return graph, graph.output
+
+    monkeypatch.setattr(Graph, "graphs", [])
+    monkeypatch.setattr(captured, "capture", capture)
+    monkeypatch.setattr(model_module, "has_fixed_steps", lambda device: True)
+    monkeypatch.setattr(positions, "SHORTEST_END", 16)
+
+
+def captured_model(**changes) -> Transformer:
+    model = tiny_model(**changes)
+    model.compiled = CapturedModel()
+    return model
+
+
+def steps(model: Transformer, start: int, end: int, rows: int = 1) -> torch.Tensor:
+    """The logits of decoding steps at positions from `start` to `end`, after a prompt."""
+    tokens = torch.stack([torch.arange(row, end + row) % model.vocab_size for row in range(rows)])
+    with torch.inference_mode():
+        model.hidden_states(tokens[:, :start], 0)
+        return torch.cat([model.forward(tokens[:, i : i + 1], i) for i in range(start, end)], dim=1)
+
+
+def llama(model: Transformer) -> Llama:
+    return Llama(model, ScriptedTokenizer(stop_tokens=()))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_to_the_bit_the_steps_that_are_not_captured(rows, dtype):
+    model, plain = captured_model().to(dtype), tiny_model().to(dtype)
+    assert torch.equal(steps(model, 5, 96, rows), steps(plain, 5, 96, rows))
+    # To 16 positions and every 16 more, and from 64 on every 16 still: one graph each.
+    assert [graph.n_replays for graph in Graph.graphs] == [11, 16, 16, 16, 16, 16]
+    assert len({graph.pool() for graph in Graph.graphs}) == 1
+    steps(model, 5, 96, rows)
+    assert len(Graph.graphs) == 6
+
+
+def test_every_way_to_decode():
+    captured_llama, plain = llama(captured_model()), llama(tiny_model())
+    prompts = [PROMPT, PROMPT[:4], PROMPT[:9]]
+    for options in (
+        {"temperature": 0, "logprobs": True},
+        {"temperature": 0.8, "seed": 3, "top_k": 20},
+        {"temperature": 0.8, "seed": 3, "logits_processor": lambda tokens, logits: logits.roll(1, -1)},
+        {"num_beams": 2},
+    ):
+        for batch in ([PROMPT], [PROMPT, PROMPT[::-1]], prompts[: 2 if "num_beams" in options else 3]):
+            assert captured_llama.generate(batch, 40, **options) == plain.generate(batch, 40, **options)
+    pieces = captured_llama.generate_stream([PROMPT], 30, temperature=0)
+    assert [piece.token for piece in pieces if piece.token is not None] == plain.generate([PROMPT], 30, 0)[0][0]
+    captured_llama.generate([PROMPT], 10, 0)
+    longer = [[*PROMPT, 9, 8, 7]]
+    assert captured_llama.generate(longer, 10, 0, reuse_cache=True) == plain.generate(longer, 10, 0)
+    assert captured_llama.generate([[5]], 95, 0) == plain.generate([[5]], 95, 0)  # a full context
+    assert sum(graph.n_replays for graph in Graph.graphs) > 400
+
+
+def test_the_logits_of_a_step_stay():
+    model = captured_model()
+    with torch.inference_mode():
+        model.hidden_states(torch.tensor([[5, 6]]), 0)
+        first = model.forward(torch.tensor([[7]]), 2)
+        kept = first.clone()
+        model.forward(torch.tensor([[8]]), 3)
+    assert torch.equal(first, kept)
+
+
+def test_replaced_weights_hooks_and_another_cache_count():
+    model, plain, other = captured_model(), tiny_model(), tiny_model(seed=1)
+    steps(model, 5, 20)
+    for changed in (model, plain):
+        changed.layers[1].attention.wo.weight = other.layers[1].attention.wo.weight
+    assert torch.equal(steps(model, 5, 20), steps(plain, 5, 20))
+    n_graphs = len(Graph.graphs)
+    with torch.no_grad():  # in place: a graph reads the new values
+        for changed in (model, plain):
+            changed.layers[0].feed_forward.w1.weight.mul_(0.5)
+    assert torch.equal(steps(model, 5, 20), steps(plain, 5, 20))
+    assert len(Graph.graphs) == n_graphs
+
+    calls = []
+    hook = model.layers[0].feed_forward.register_forward_hook(lambda *_: calls.append(1))
+    steps(model, 5, 20)
+    assert len(calls) == 16  # the prompt, and each step
+    hook.remove()
+    n_replays = sum(graph.n_replays for graph in Graph.graphs)
+    steps(model, 5, 20)
+    assert (len(calls), len(Graph.graphs)) == (16, n_graphs)
+    assert sum(graph.n_replays for graph in Graph.graphs) == n_replays + 15
+
+    model.bfloat16()  # its cache too is another then
+    assert torch.equal(steps(model, 5, 20), steps(plain.bfloat16(), 5, 20))
+    assert len(Graph.graphs) > n_graphs
+
+
+def test_a_copy_captures_for_itself():
+    model = captured_model()
+    expected = steps(model, 5, 20)
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            clone.layers[0].feed_forward.w1.weight.zero_()
+        assert (steps(clone, 5, 20) - expected).abs().max() > 0.1
+    assert torch.equal(steps(model, 5, 20), expected)
+
+
+def test_what_can_not_be_captured_runs_as_it_is(monkeypatch, caplog):
+    def fail(*arguments):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(captured, "capture", fail)
+    model, plain = captured_model(), tiny_model()
+    for _ in range(2):
+        assert torch.equal(steps(model, 5, 40), steps(plain, 5, 40))
+    assert [record.getMessage() for record in caplog.records] == [
+        "decoding steps run without CUDA graphs, more slowly: operation not permitted when stream is capturing"
+    ]
+
+
+def test_prompts_and_autocast_are_not_captured():
+    model, plain = captured_model(), tiny_model()
+    tokens = torch.tensor([PROMPT])
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model.forward(tokens, 0), plain.forward(tokens, 0))
+        assert torch.equal(model.forward(tokens[:, :1], 17), plain.forward(tokens[:, :1], 17))
+    assert torch.equal(model.forward(tokens), plain.forward(tokens))
+    assert not Graph.graphs
+
+
+def test_the_errors_of_a_call_are_those_of_a_step_that_is_not_captured():
+    for shape, start_pos, message in (
+        ((1, 1), 96, "position 96 is past the end: max_seq_len=96"),
+        ((9, 1), 0, "9 rows are more than max_batch_size=4"),
+        ((1,), 0, "tokens must be (batch, seq), not of shape (1,)"),
+    ):
+        for network in (captured_model(), tiny_model()):
+            with pytest.raises(InputError, match=re.escape(message)):
+                network.forward(torch.zeros(shape, dtype=torch.long), start_pos)
+
+
+def test_compile_on_a_gpu_captures():
+    with fake_cuda():
+        model = on_cuda(torch.bfloat16)
+        compile_model(model)
+        assert isinstance(model.compiled, CapturedModel)
