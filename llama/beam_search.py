@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from llama.device import copy_without_wait
 from llama.distributed import broadcast
 from llama.non_finite import explain_non_finite
 from llama.protocols import Cache, LanguageModel
@@ -139,7 +140,9 @@ class BeamSearch:
         last_tokens = [beam.tokens[-1] if beam.tokens else 0 for beam in self._beams()]
         # In one tensor, and so in one copy to the device. float32 holds ids exactly, up to 2^24.
         rows = [sources, last_tokens, [beam.total for beam in self._beams()]]
-        rows_of, tokens, self.totals = torch.tensor(rows, device="cpu").to(logits.device, non_blocking=True)
+        rows_of, tokens, self.totals = copy_without_wait(
+            torch.tensor(rows, dtype=torch.float32, device="cpu"), logits.device
+        )
         if not self.done and self.cache is not None:
             self.cache.reorder(rows_of.long(), self.end)
             self.end += 1
@@ -167,7 +170,7 @@ class BeamSearch:
         # probabilities that are left don't sum to 1 any more.
         processed_logprobs = self.params.process(self.model, tokens, logits) - logits.logsumexp(dim=-1, keepdim=True)
         if self.totals is None:
-            self.totals = torch.tensor([beam.total for beam in self._beams()], device=logits.device)
+            self.totals = logits.new_tensor([beam.total for beam in self._beams()])
         vocab_size = logprobs.shape[-1]
         sums = (processed_logprobs + self.totals[:, None]).view(len(self.searches), -1)  # (prompts, beams * vocab_size)
         values, flat_ids = sums.topk(min(self.n_candidates, sums.shape[-1]), dim=-1)  # (prompts, n_candidates)

@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from llama.device import copy_without_wait
+
 
 class LayerCache(NamedTuple):
     """The part of one layer's cache that a call uses."""
@@ -45,7 +47,7 @@ class KVCache:
 
         Args:
             start_pos: the position of each row's first new token: an int, or (batch,) int64 where rows differ.
-            end: how many positions are attended to; None for those that are filled then.
+            end: how many positions are attended to, where `start_pos` is a tensor; None for those that are filled then.
         """
         self.tokens = []  # this call changes what is there
         if isinstance(start_pos, torch.Tensor):
@@ -57,15 +59,15 @@ class KVCache:
             indices = torch.broadcast_tensors(rows, heads, positions[:, None])
             slots: tuple[Any, ...] = tuple(i.clone(memory_format=torch.contiguous_format) for i in indices)
         else:
-            end = start_pos + seq if end is None else end
-            slots = (..., slice(start_pos, start_pos + seq), slice(None))
+            end = start_pos + seq
+            slots = (..., slice(start_pos, end), slice(None))
         keys, values = self.keys[:, :batch, :, :end].unbind(0), self.values[:, :batch, :, :end].unbind(0)
         return [LayerCache(k, v, slots) for k, v in zip(keys, values, strict=True)]
 
     def reorder(self, rows: torch.Tensor, end: int) -> None:
         """Make row i hold what row `rows[i]` holds, up to position `end`."""
         self.tokens = []
-        rows = rows.to(self.keys.device, non_blocking=True)
+        rows = copy_without_wait(rows, self.keys.device)
         for tensor in (*self.keys, *self.values):  # a layer at a time, so that the copies stay small
             tensor[: len(rows), :, :end] = tensor[:, :, :end].index_select(0, rows)
 

@@ -164,7 +164,6 @@ class Attention(nn.Module):
         else:
             # The n_rep query heads that share a kv head become rows of one head: plain attention, on any device.
             xq = xq.reshape(batch, self.n_local_kv_heads, self.n_rep * seq, self.head_dim)
-            mask = mask if mask is None or seq == 1 else mask.repeat(1, 1, self.n_rep, 1)
             out = attention(xq, xk, xv, mask)
         out = out.reshape(batch, self.n_local_heads, seq, self.head_dim)
         return self.wo(out.transpose(1, 2).flatten(2))  # (batch, seq, dim)
@@ -305,7 +304,8 @@ class Transformer(nn.Module):
             batch, seq, _ = h.shape
             if self.freqs_cis.device != h.device:
                 self.freqs_cis = rotations_on(h.device, self.freqs_cis)
-            freqs_cis, mask = lay_out_positions(self.freqs_cis, start_pos, seq, end, h.dtype)
+            n_rep = self.params.n_heads // model_parallel_size() // local_kv_heads(self.params.kv_heads)
+            freqs_cis, mask = lay_out_positions(self.freqs_cis, start_pos, seq, end, n_rep, h.dtype)
             caches: Sequence[LayerCache | None] = [None] * self.n_layers
             if start_pos is not None:
                 caches = self.setup_cache().layers(batch, seq, start_pos, end)

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from llama.device import copy_without_wait
+
 SHORTEST_END = 256  # positions that a decoding step of fixed shape attends to, at least
 ALIGNMENT = 8  # at whose multiples the rows of a mask begin: torch would else lay it out anew in every layer on a GPU
 
@@ -28,7 +30,7 @@ def fixed_end(end: int, max_seq_len: int) -> int:
 def step_positions(start_pos: int | torch.Tensor, batch: int, device: torch.device) -> torch.Tensor:
     """The position of each row's token, (batch) int64, brought to the device without a wait."""
     if isinstance(start_pos, torch.Tensor):
-        return start_pos.to(device, non_blocking=True)
+        return copy_without_wait(start_pos, device)
     return torch.full((batch,), start_pos, device=device)
 
 
@@ -41,7 +43,12 @@ def rotations_on(device: torch.device, freqs_cis: torch.Tensor) -> torch.Tensor:
 
 
 def lay_out_positions(
-    freqs_cis: torch.Tensor, start_pos: int | torch.Tensor | None, seq: int, end: int, dtype: torch.dtype
+    freqs_cis: torch.Tensor,
+    start_pos: int | torch.Tensor | None,
+    seq: int,
+    end: int,
+    n_rep: int,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What every layer needs to know of the positions of a call's tokens.
 
@@ -50,12 +57,13 @@ def lay_out_positions(
         start_pos: the position of each row's first token: an int, or (batch,) int64 where rows differ; None for 0.
         seq: how many tokens a row has.
         end: how many positions are attended to, at most.
+        n_rep: how many query heads share a kv head.
         dtype: of the mask.
 
     Returns:
         freqs_cis: the rotations of the tokens, (seq, head_dim / 2), or (batch, seq, head_dim / 2) where rows differ.
-        mask: 0 where a token may attend and minus infinity elsewhere, (1 or batch, 1, seq, end); None if it may to all
-            positions up to its own.
+        mask: 0 where a token may attend and minus infinity elsewhere, (1 or batch, 1, 1, end), or for several tokens
+            (1 or batch, 1, n_rep * seq, end); None if each may to all positions up to its own.
     """
     device = freqs_cis.device
     if isinstance(start_pos, torch.Tensor):
@@ -70,4 +78,4 @@ def lay_out_positions(
     width = -(-end // ALIGNMENT) * ALIGNMENT
     later = torch.arange(width, device=device) > positions[:, None, :, None]  # (1 or batch, 1, seq, width)
     mask = torch.zeros_like(later, dtype=dtype).masked_fill_(later, -math.inf)
-    return freqs_cis, mask[..., :end]
+    return freqs_cis, (mask if seq == 1 else mask.repeat(1, 1, n_rep, 1))[..., :end]

@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 from conftest import ScriptedTokenizer, tiny_model
-from test_mixed_devices import fake_cuda, on_cuda
+from fake_gpu import fake_gpu, on_gpu
 
 from llama import Llama, Transformer, captured, positions
 from llama import model as model_module
@@ -111,32 +111,45 @@ def test_the_logits_of_a_step_stay():
     assert torch.equal(first, kept)
 
 
+def n_graphs_and_replays() -> tuple[int, int]:
+    return len(Graph.graphs), sum(graph.n_replays for graph in Graph.graphs)
+
+
 def test_replaced_weights_hooks_and_another_cache_count():
     model, plain, other = captured_model(), tiny_model(), tiny_model(seed=1)
     steps(model, 5, 20)
+    assert n_graphs_and_replays() == (2, 15)
     for changed in (model, plain):
         changed.layers[1].attention.wo.weight = other.layers[1].attention.wo.weight
     assert torch.equal(steps(model, 5, 20), steps(plain, 5, 20))
-    n_graphs = len(Graph.graphs)
+    assert n_graphs_and_replays() == (4, 30)
     with torch.no_grad():  # in place: a graph reads the new values
         for changed in (model, plain):
             changed.layers[0].feed_forward.w1.weight.mul_(0.5)
     assert torch.equal(steps(model, 5, 20), steps(plain, 5, 20))
-    assert len(Graph.graphs) == n_graphs
+    assert n_graphs_and_replays() == (4, 45)
 
-    calls = []
-    hook = model.layers[0].feed_forward.register_forward_hook(lambda *_: calls.append(1))
+    hook = model.layers[0].feed_forward.register_forward_hook(lambda *_: None)
     steps(model, 5, 20)
-    assert len(calls) == 16  # the prompt, and each step
+    assert n_graphs_and_replays() == (4, 45)  # they would not call it
     hook.remove()
-    n_replays = sum(graph.n_replays for graph in Graph.graphs)
     steps(model, 5, 20)
-    assert (len(calls), len(Graph.graphs)) == (16, n_graphs)
-    assert sum(graph.n_replays for graph in Graph.graphs) == n_replays + 15
+    assert n_graphs_and_replays() == (4, 60)
 
-    model.bfloat16()  # its cache too is another then
-    assert torch.equal(steps(model, 5, 20), steps(plain.bfloat16(), 5, 20))
-    assert len(Graph.graphs) > n_graphs
+    before, model.cache = model.cache, None  # (kept, so that the new one can't lie in the same place)
+    assert torch.equal(steps(model, 5, 20), steps(plain, 5, 20))
+    assert n_graphs_and_replays() == (6, 75)
+    assert model.cache is not before
+    assert torch.equal(steps(model.bfloat16(), 5, 20), steps(plain.bfloat16(), 5, 20))
+    assert n_graphs_and_replays() == (8, 90)
+
+
+def test_a_step_changes_what_the_cache_holds():
+    model = captured_model()
+    model.setup_cache().tokens = [[5, 6, 7]]
+    with torch.inference_mode():
+        model.forward(torch.tensor([[9]]), 1)
+    assert model.cache.tokens == []
 
 
 def test_a_copy_captures_for_itself():
@@ -184,7 +197,7 @@ def test_the_errors_of_a_call_are_those_of_a_step_that_is_not_captured():
 
 
 def test_compile_on_a_gpu_captures():
-    with fake_cuda():
-        model = on_cuda(torch.bfloat16)
+    with fake_gpu():
+        model = on_gpu(torch.bfloat16)
         compile_model(model)
         assert isinstance(model.compiled, CapturedModel)

@@ -146,14 +146,14 @@ def test_rotations_are_real_where_there_are_no_complex_numbers(monkeypatch, vers
 
 def test_lay_out_positions():
     freqs_cis = torch.arange(10.0)[:, None]
-    rows, mask = lay_out_positions(freqs_cis, torch.tensor([1, 3]), 2, 6, torch.bfloat16)
+    rows, mask = lay_out_positions(freqs_cis, torch.tensor([1, 3]), 2, 6, 1, torch.bfloat16)
     assert rows[..., 0].tolist() == [[1, 2], [3, 4]]
     assert (mask.dtype, mask.shape) == (torch.bfloat16, (2, 1, 2, 6))
     assert (mask == 0).sum(-1)[:, 0].tolist() == [[2, 3], [4, 5]]
     assert mask.isneginf().sum() + (mask == 0).sum() == mask.numel()
-    rows, mask = lay_out_positions(freqs_cis, 3, 2, 5, torch.float32)
-    assert (rows[:, 0].tolist(), (mask == 0).sum(-1).tolist()) == ([3, 4], [[[4, 5]]])
+    rows, mask = lay_out_positions(freqs_cis, 3, 2, 5, 3, torch.float32)
+    assert (rows[:, 0].tolist(), (mask == 0).sum(-1).tolist()) == ([3, 4], [[[4, 5] * 3]])
     assert mask.stride(-2) == 8  # else torch would lay it out anew in every layer on a GPU
     for start_pos in (None, 0, 4):
-        rows, mask = lay_out_positions(freqs_cis, start_pos, 1, 5, torch.float32)
+        rows, mask = lay_out_positions(freqs_cis, start_pos, 1, 5, 3, torch.float32)
         assert (rows[:, 0].tolist(), mask) == ([start_pos or 0], None)
