@@ -16,6 +16,7 @@ from llama.distributed import broadcast_flag
 from llama.errors import InputError
 from llama.model_lock import lock_of
 from llama.non_finite import explain_non_finite
+from llama.out_of_memory import explain_generation, is_out_of_memory
 from llama.protocols import Cache, LanguageModel, TextTokenizer
 from llama.sampling import sample
 from llama.sampling_params import SamplingParams, check_prompts
@@ -86,29 +87,34 @@ def generate_pieces(
 
     Raises:
         ArithmeticError: the network computed NaN or infinity.
+        MemoryError: not enough memory; the message says for what, and what to lower.
     """
     max_new_tokens = [min(params.max_gen_len, model.params.max_seq_len - len(prompt)) for prompt in prompts]
     rows_per_prompt = max(params.num_return_sequences, params.num_beams)
     prompt_of_row = [prompt for prompt in prompts for _ in range(rows_per_prompt)]
-    setup_cache = getattr(model, "setup_cache", None)
-    cache: Cache | None = setup_cache() if callable(setup_cache) else None
-
     # The prompts: each is prefilled once and its row of the cache copied, or as often as it has rows, if that can't be.
-    start_pos = common_prefix(prompts, cache.tokens) if params.reuse_cache and cache is not None else 0
     score_prompts = params.echo and params.logprobs
-    if max(max_new_tokens) > 0 or score_prompts:
-        prefilled, longest = prompts if cache is not None else prompt_of_row, max(map(len, prompts))
-        if cache is not None and min(map(len, prompts)) < longest:
-            cache.clear(longest, longest + max(max_new_tokens))  # masked for shorter rows, but 0 x NaN is NaN
-        logits, prompt_logprobs = prefill(model, prefilled, start_pos, score_prompts)
-        for prompt, scores in zip(prefilled, prompt_logprobs, strict=False):
-            if any(map(math.isnan, scores)):
-                raise ArithmeticError(explain_non_finite(model, prompt))
-        if cache is not None and rows_per_prompt > 1:
-            source_rows = torch.arange(len(prompts)).repeat_interleave(rows_per_prompt)
-            cache.reorder(source_rows, longest)
-            logits = logits.repeat_interleave(rows_per_prompt, dim=0)  # (rows, vocab_size)
-            prompt_logprobs = [scores for scores in prompt_logprobs for _ in range(rows_per_prompt)]
+    try:
+        setup_cache = getattr(model, "setup_cache", None)
+        cache: Cache | None = setup_cache() if callable(setup_cache) else None
+        start_pos = common_prefix(prompts, cache.tokens) if params.reuse_cache and cache is not None else 0
+        if max(max_new_tokens) > 0 or score_prompts:
+            prefilled, longest = prompts if cache is not None else prompt_of_row, max(map(len, prompts))
+            if cache is not None and min(map(len, prompts)) < longest:
+                cache.clear(longest, longest + max(max_new_tokens))  # masked for shorter rows, but 0 x NaN is NaN
+            logits, prompt_logprobs = prefill(model, prefilled, start_pos, score_prompts)
+            for prompt, scores in zip(prefilled, prompt_logprobs, strict=False):
+                if any(map(math.isnan, scores)):
+                    raise ArithmeticError(explain_non_finite(model, prompt))
+            if cache is not None and rows_per_prompt > 1:
+                source_rows = torch.arange(len(prompts), device="cpu").repeat_interleave(rows_per_prompt)
+                cache.reorder(source_rows, longest)
+                logits = logits.repeat_interleave(rows_per_prompt, dim=0)  # (rows, vocab_size)
+                prompt_logprobs = [scores for scores in prompt_logprobs for _ in range(rows_per_prompt)]
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise MemoryError(explain_generation("prefill", prompts, rows_per_prompt)) from error
+        raise
     for row in range(len(prompts) * params.num_return_sequences):
         i = row // params.num_return_sequences
         for position, token in enumerate(prompts[i] if params.echo else ()):
@@ -124,13 +130,7 @@ def generate_pieces(
     decode_text = tokenizer.decode if text else None
     criteria = [StopCriteria(limit, stop_tokens, decode_text, params.stop_strings) for limit in max_new_tokens]
     lengths = list(map(len, prompt_of_row))
-    if params.num_beams > 1:
-        beams = BeamSearch(model, cache, prompts, params, criteria)
-        for _ in decode(model, logits, lengths, beams.select):
-            if beams.done:
-                break
-        yield from beams.pieces()
-        return
+    beams = BeamSearch(model, cache, prompts, params, criteria) if params.num_beams > 1 else None
     tokens = [list(prompt) for prompt in prompt_of_row]  # of each row, prompt and answer so far
     outputs = [RowOutput(row, criteria[row // rows_per_prompt]) for row in range(len(tokens))]
     generator = None if params.seed is None else torch.Generator(logits.device).manual_seed(int(params.seed))
@@ -148,6 +148,12 @@ def generate_pieces(
     select = sample_plain if params.logits_processor is None else sample_processed
     n_forwarded = 0  # new tokens of each row in the cache: step i yields its token before it is forwarded
     try:
+        if beams is not None:
+            for _ in decode(model, logits, lengths, beams.select):
+                if beams.done:
+                    break
+            yield from beams.pieces()
+            return
         steps = decode(model, logits, lengths, select, logprobs=params.logprobs)
         for n_forwarded, (next_tokens, next_logprobs) in enumerate(steps):  # noqa: B007 - used when it ends
             logprobs = [None] * len(tokens) if next_logprobs is None else next_logprobs.tolist()
@@ -163,10 +169,14 @@ def generate_pieces(
                 yield from outputs[row].append(token, logprobs[row])
             if all(output.ended for output in outputs):
                 return
-            if should_stop is not None and broadcast_flag(should_stop(), next_tokens.device):
+            if should_stop is not None and broadcast_flag(should_stop()):
                 return
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise MemoryError(explain_generation("decode", prompts, rows_per_prompt)) from error
+        raise
     finally:
-        if cache is not None:
+        if cache is not None and beams is None:
             cache.tokens = [row[: length + n_forwarded] for row, length in zip(tokens, lengths, strict=True)]
 
 

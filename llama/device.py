@@ -1,6 +1,7 @@
 """Which device a model runs on, and in which dtype."""
 
 import os
+import socket
 
 import torch
 
@@ -22,13 +23,34 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if chosen.type == "cuda" and chosen.index is None:
-            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+            local_rank = os.environ.get("LOCAL_RANK")
+            chosen = torch.device("cuda", torch.cuda.current_device() if local_rank is None else int(local_rank))
         if chosen.type not in ("cuda", "cpu", "mps"):
             raise RuntimeError("only cuda, cpu and mps can")
+        if chosen.type == "cuda" and torch.cuda.is_available() and chosen.index >= torch.cuda.device_count():
+            raise RuntimeError(f"this process has {torch.cuda.device_count()} GPU(s), and no {chosen}")
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:  # AssertionError: this torch is built without CUDA
         raise InputError(f"device={device!r} can't be used here: {error}") from error
     return chosen
+
+
+def gpu_identity(device: torch.device) -> str:
+    """Which GPU of which machine a CUDA device is: its number alone says that to no other process. "" for others."""
+    if device.type != "cuda":
+        return ""
+    return f"{socket.gethostname()} ({torch.cuda.get_device_properties(device).uuid})"
+
+
+def choose_dtype(dtype: torch.dtype | None, device: torch.device, quantize: str | None = None) -> torch.dtype:
+    """The dtype of a model's weights and cache: `dtype`, or `default_dtype` for None.
+
+    Raises:
+        InputError: the device has no such dtype.
+    """
+    if dtype == torch.float64 and device.type == "mps":
+        raise InputError("dtype=torch.float64 can't be used on mps, which has no float64: use torch.float32")
+    return default_dtype(device, quantize) if dtype is None else dtype
 
 
 def default_dtype(device: torch.device, quantize: str | None = None) -> torch.dtype:
@@ -38,7 +60,8 @@ def default_dtype(device: torch.device, quantize: str | None = None) -> torch.dt
     with activations in float32.
     """
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        with torch.cuda.device(device):  # the function below asks the current one
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
         return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float32
     if quantize is not None:
@@ -62,3 +85,11 @@ def dtype_named(name: str | None) -> torch.dtype | None:
 def dtype_name(dtype: torch.dtype) -> str:
     """The dtype's name as a user writes it: "bfloat16", not "torch.bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def copy_without_wait(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on this device; if it is CUDA, the host doesn't wait until the device gets to the copy.
+
+    Elsewhere the host's memory might be used for something else by then.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")

@@ -3,27 +3,43 @@
 One process makes no process group at all. Under torchrun there is one, NCCL on CUDA and gloo elsewhere, and on it
 fairscale's model-parallel groups: the `model_parallel_size()` processes of one group share a copy of the model, and
 where there are more processes than that, there are `data_parallel_size()` copies.
+
+The network's sums go over these groups, and take milliseconds. What has to wait for a disk or for a person goes over
+another one, the `waiting_group`: it is always gloo, waits as long as that takes, and ends at once if a process dies.
 """
 
 import atexit
 import contextlib
 import io
+import itertools
+import json
 import logging
 import os
-from collections.abc import Callable
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as groups
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
-from llama.device import choose_device
+from llama.device import choose_device, gpu_identity
 from llama.errors import InputError
 
 Value = TypeVar("Value")
 
 TORCHRUN_VARIABLES = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+TIMEOUT = timedelta(minutes=30)  # of what the network sends: far more than it takes, unless a process hangs
+WAITING_TIMEOUT = timedelta(days=365)
+
+# What is sent from one rank to another has a tag, since a stream's thread may send flags while other threads send other
+# things.
+FLAG_TAG, PART_TAG = 1, 2
 
 
 def model_parallel_size() -> int:
@@ -54,11 +70,20 @@ def is_first_rank() -> bool:
 logging.getLogger("llama").addFilter(lambda record: is_first_rank())
 
 
+class RankDevice(NamedTuple):
+    """The device that a process has chosen: what the others must know of it."""
+
+    name: str  # e.g. "cuda:0"; "" if there is none
+    gpu: str  # which GPU of which machine that is: another process may have it under another number; "" if it is none
+    problem: str  # why there is none
+
+
 def setup(device: str | torch.device | None, requested_size: int | None) -> torch.device:
     """Join the other processes, if there are any, and choose this process's device.
 
     Under torchrun this makes the process group and fairscale's model-parallel groups, and destroys them when the
-    program ends. Groups the caller made already are used as they are. A single process makes none.
+    program ends. Groups the caller made already are used as they are. A single process makes none. Where there are
+    several processes, all must call this; on CUDA the chosen GPU becomes the process's current one.
 
     Args:
         device: e.g. "cuda" or "cpu"; None takes CUDA if there is one, else the CPU.
@@ -68,7 +93,8 @@ def setup(device: str | torch.device | None, requested_size: int | None) -> torc
         The device, with its index: on CUDA under torchrun, `LOCAL_RANK`'s.
 
     Raises:
-        InputError: the device isn't available, or `requested_size` doesn't divide the number of processes.
+        InputError: the device of some process isn't available, or it is a GPU that another process has too (which only
+            gloo groups allow); or `requested_size` doesn't divide the number of processes.
     """
     if requested_size is not None and (not isinstance(requested_size, int) or requested_size < 1):
         raise InputError(f"model_parallel_size={requested_size!r} must be a whole number of at least 1")
@@ -76,12 +102,7 @@ def setup(device: str | torch.device | None, requested_size: int | None) -> torc
     if not launched and not dist.is_initialized() and os.environ.get("WORLD_SIZE", "1") != "1":
         missing = sorted(TORCHRUN_VARIABLES - os.environ.keys())
         raise InputError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but {missing} are not set: start with torchrun")
-    chosen = choose_device(device)
-    if launched and not dist.is_initialized():
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)  # NCCL uses the current device
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-        atexit.register(_destroy_groups)  # otherwise gloo's threads may abort the process as it ends
+    chosen = _join(device) if launched or dist.is_initialized() else choose_device(device)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if chosen.type == "mps" and world_size > 1:
         raise InputError(f"device='mps' works in one process, not in {world_size}")
@@ -101,6 +122,83 @@ def setup(device: str | torch.device | None, requested_size: int | None) -> torc
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints the sizes
             groups.initialize_model_parallel(requested_size or world_size)
     return chosen
+
+
+def _join(device: str | torch.device | None) -> torch.device:
+    """Choose this process's device, and make the process group unless the caller has.
+
+    The devices are compared before NCCL does anything, since it may hang where two processes have the same GPU.
+    """
+    try:
+        chosen = choose_device(device)
+        mine = RankDevice(str(chosen), gpu_identity(chosen), "")
+    except InputError as error:  # raised by `_check_devices`, on all ranks
+        mine = RankDevice("", "", str(error))
+    is_cuda = mine.name.startswith("cuda")
+    if dist.is_initialized():
+        group = groups.get_model_parallel_group() if groups.model_parallel_is_initialized() else None
+        uses_nccl = "cuda:nccl" in dist.get_backend_config(group)
+        devices = [mine] * dist.get_world_size()
+        dist.all_gather_object(devices, mine, group=waiting_group())
+    else:
+        uses_nccl = is_cuda
+        store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))
+        # The store may be torchrun's, and still have what an earlier process group left there.
+        store = PrefixStore(f"llama {next(_n_joined)}", store)
+        devices = _exchange(mine, store, rank, world_size)
+    _check_devices(device, devices, uses_nccl)
+    if is_cuda:
+        torch.cuda.set_device(chosen)  # which NCCL uses, and whatever of the caller's names no GPU
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if is_cuda else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=TIMEOUT,
+            device_id=chosen if is_cuda else None,
+        )
+        atexit.register(_destroy_groups)  # otherwise gloo's threads may abort the process as it ends
+        waiting_group()  # made here, since later several threads may need it at once
+    return chosen
+
+
+_n_joined = itertools.count()
+
+
+def _exchange(mine: RankDevice, store: Store, rank: int, world_size: int) -> list[RankDevice]:
+    """Every rank's device, in rank order, before there is a process group."""
+    store.set(f"device {rank}", json.dumps(mine))
+    devices = [RankDevice(*json.loads(store.get(f"device {i}"))) for i in range(world_size)]
+    store.set(f"read {rank}", "")
+    if rank == 0:  # the store may be part of this process: it must not end before all have read from it
+        store.wait([f"read {i}" for i in range(world_size)])
+    return devices
+
+
+def _check_devices(device: str | torch.device | None, devices: list[RankDevice], uses_nccl: bool) -> None:
+    """Raise InputError, the same on all ranks, unless the ranks can work together on their devices.
+
+    Args:
+        device: as it was asked for.
+        devices: every rank's, in rank order.
+        uses_nccl: whether the processes talk over NCCL on CUDA.
+    """
+    for rank, other in enumerate(devices):
+        if other.problem:
+            raise InputError(f"rank {rank}: {other.problem}")
+    if len({other.name.split(":")[0] for other in devices}) > 1:
+        raise InputError(
+            f"device={device!r}: the processes have different kinds of devices, {[other.name for other in devices]}"
+        )
+    first_ranks: dict[RankDevice, int] = {}  # of each GPU
+    for rank, other in enumerate(devices):
+        first = first_ranks.setdefault(other, rank)
+        if first != rank and other.gpu and uses_nccl:
+            raise InputError(
+                f"device={device!r}: ranks {first} and {rank} have the same GPU, {other.name} of {other.gpu}, and NCCL "
+                f"needs one for each: leave device out, for the GPU of each process's LOCAL_RANK, or give each its own"
+            )
 
 
 def _destroy_groups() -> None:
@@ -137,15 +235,23 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def broadcast_flag(flag: bool, device: torch.device) -> bool:
+def broadcast_flag(flag: bool) -> bool:
     """The first model-parallel rank's `flag`, on every rank.
 
-    Args:
-        device: where the ranks talk: the model's.
+    It is sent over gloo, so that no rank waits for its device.
     """
     if model_parallel_size() == 1:
         return flag
-    return bool(broadcast(torch.tensor(flag, dtype=torch.uint8, device=device)).item())
+    first, *others = dist.get_process_group_ranks(groups.get_model_parallel_group())
+    message = torch.tensor([flag], dtype=torch.uint8, device="cpu")
+    if dist.get_rank() == first:
+        sent = [dist.isend(message, rank, group=waiting_group(), tag=FLAG_TAG) for rank in others]
+        for work in sent:
+            if work is not None:
+                work.wait()
+    else:
+        dist.recv(message, first, group=waiting_group(), tag=FLAG_TAG)
+    return bool(message.item())
 
 
 def sum_over_model_parallel(tensor: torch.Tensor) -> torch.Tensor:
@@ -163,53 +269,92 @@ def sum_over_data_parallel(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Collect a tensor of the same shape from every model-parallel rank.
+    """Collect a tensor of the same shape from every model-parallel rank, on the CPU and over gloo.
+
+    The first rank may be busy writing to a disk, and its GPU may have no memory left for the others' tensors.
 
     Returns:
         On the first model-parallel rank the tensors in rank order; on the others an empty list.
     """
-    group = groups.get_model_parallel_group()
-    parts = [torch.empty_like(tensor) for _ in range(model_parallel_size())] if model_parallel_rank() == 0 else []
-    dist.gather(tensor.contiguous(), parts or None, dst=groups.get_model_parallel_src_rank(), group=group)
+    first, *others = dist.get_process_group_ranks(groups.get_model_parallel_group())
+    parts = [tensor.cpu().contiguous()]
+    if dist.get_rank() != first:
+        dist.send(parts[0], first, group=waiting_group(), tag=PART_TAG)
+        return []
+    for rank in others:
+        part = torch.empty_like(parts[0])
+        dist.recv(part, rank, group=waiting_group(), tag=PART_TAG)
+        parts.append(part)
     return parts
 
 
+_waiting_groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = weakref.WeakKeyDictionary()
+
+
+def waiting_group() -> dist.ProcessGroup:
+    """The gloo group of all ranks, for whatever waits for a disk or for a person.
+
+    NCCL ends a program that waits for minutes, and lets it wait where a process has died. This group is made at the
+    first call, in which all ranks must take part, and anew when the program has made another process group.
+    """
+    world = cast(dist.ProcessGroup, dist.group.WORLD)  # another object for each process group
+    if world not in _waiting_groups:
+        _waiting_groups[world] = dist.new_group(backend="gloo", timeout=WAITING_TIMEOUT)
+    return _waiting_groups[world]
+
+
 def raise_on_all_ranks(error: BaseException | None) -> None:
-    """Raise the error of rank 0, if it has one, on every rank. All of them must call this."""
+    """Wait for every rank, which must all call this; if some have an error, raise it on all.
+
+    A rank that has none itself raises that of the lowest rank that has one.
+    """
     if dist.is_initialized():
-        shared = [error]
-        dist.broadcast_object_list(shared)
-        error = error or shared[0]
+        errors = [error] * dist.get_world_size()
+        dist.all_gather_object(errors, _picklable(error), group=waiting_group())
+        error = error or next(filter(None, errors), None)
     if error is not None:
         raise error
+
+
+def _picklable(error: BaseException | None) -> BaseException | None:
+    """The error itself, or one with its message if it can't be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+@contextlib.contextmanager
+def raising_on_all_ranks() -> Iterator[None]:
+    """At the end of the block wait for every rank; what is raised in it on one of them is raised on all."""
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as raised:
+        error = raised
+    raise_on_all_ranks(error)
+
+
+def on_first_rank(action: Callable[[], None]) -> None:
+    """Wait for every rank, then run `action` on rank 0. What it raises is raised on all."""
+    raise_on_all_ranks(None)
+    with raising_on_all_ranks():
+        if is_first_rank():
+            action()
 
 
 def object_broadcaster() -> Callable[[Value], Value]:
     """A function that gives every rank the object that rank 0 passes to it; all of them must call it.
 
-    It waits for rank 0 as long as that takes (a person may be typing there), so it has a gloo group of its own: the
-    others time out after minutes. All ranks must call `object_broadcaster` too, since it makes that group.
+    It waits for rank 0 as long as that takes: a person may be typing there.
     """
     if not dist.is_initialized():
         return lambda value: value
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
 
     def broadcast_object(value: Value) -> Value:
         shared = [value]
-        dist.broadcast_object_list(shared, src=0, group=group, device=torch.device("cpu"))
+        dist.broadcast_object_list(shared, src=0, group=waiting_group(), device=torch.device("cpu"))
         return shared[0]
 
     return broadcast_object
-
-
-def on_first_rank(action: Callable[[], None]) -> None:
-    """Wait for every rank, then run `action` on rank 0. What it raises is raised on all."""
-    if dist.is_initialized():
-        dist.barrier()
-    error: BaseException | None = None
-    if is_first_rank():
-        try:
-            action()
-        except BaseException as raised:
-            error = raised
-    raise_on_all_ranks(error)

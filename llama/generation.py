@@ -24,7 +24,7 @@ from llama.chat_format import ChatFormat
 from llama.checkpoint import Checkpoint, check_tensors, load_model, open_checkpoint
 from llama.checkpoint.memory import check_memory, explain_out_of_memory
 from llama.compiled import compile_model
-from llama.device import default_dtype
+from llama.device import choose_dtype
 from llama.dialog import ChatPrediction, CompletionPrediction, Dialog, Message, Role
 from llama.errors import InputError
 from llama.protocols import DialogFormat, LanguageModel, TextTokenizer
@@ -114,7 +114,7 @@ class Llama:
 
         chosen_device = distributed.setup(device, model_parallel_size)
         distributed.silence_stdout()
-        dtype = default_dtype(chosen_device, quantize) if dtype is None else dtype
+        dtype = choose_dtype(dtype, chosen_device, quantize)
         args.check(distributed.model_parallel_size())
         check_memory(args, chosen_device, dtype, quantize)
         with explain_out_of_memory(args, chosen_device, dtype, quantize):

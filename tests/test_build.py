@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_python, tiny_args, tiny_model, write_meta_checkpoint
+from conftest import ROOT, load, run_python, same_weights, tiny_args, tiny_model, write_meta_checkpoint
+from test_finetune_parallel import write_pairs
 
 import llama.checkpoint.memory
 from llama import Llama, Tokenizer
+from llama.checkpoint import save_checkpoint
 from llama.checkpoint.memory import cache_bytes, free_host_memory, weight_bytes
 from llama.device import default_dtype
+from llama.finetune import finetune
 
 STATE = """
 import logging, os, random, signal, sys, threading, warnings
@@ -88,6 +91,47 @@ def test_the_callers_default_dtype_changes_nothing(tiny_checkpoint):
         assert built.model.freqs_cis.dtype == torch.complex64
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_the_callers_default_device_changes_nothing(tiny_checkpoint, tmp_path, quantize):
+    """Such as "meta", on which nothing can be computed."""
+
+    def everything(folder):
+        llama = Llama.build(tiny_checkpoint, None, 64, 4, device="cpu", dtype=torch.float32, quantize=quantize)
+        prompts = [[5, 6], [7, 8, 9]]
+        results = [
+            llama.generate(prompts, 9, 0, logprobs=True, echo=True),
+            llama.generate(prompts, 9, 0.8, seed=3, num_return_sequences=2, top_k=20),
+            llama.generate(prompts, 9, 1.5, 1.0, seed=3),
+            llama.generate(prompts, 9, num_beams=2),
+            llama.generate(prompts[:1], 9, 0, reuse_cache=True),
+            llama.generate(prompts, 0, logprobs=True, echo=True),
+            [list(piece) for piece in llama.text_completion_stream(["the user"], 0, max_gen_len=9, stop="e")],
+        ]
+        folder.mkdir()
+        for layout in ("meta", "hf"):
+            save_checkpoint(folder / layout, llama.model, llama.tokenizer, layout=layout)
+        llama = Llama.build(folder / "hf", None, 64, 4, dtype=torch.float32)
+        return [*results, llama.generate(prompts, 9, 0)]
+
+    expected = everything(tmp_path / "expected")
+    with torch.device("meta"):
+        actual = everything(tmp_path / "actual")
+    assert actual == expected
+    for layout in ("meta", "hf"):
+        assert same_weights(load(tmp_path / "actual" / layout), load(tmp_path / "expected" / layout))
+
+
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_the_callers_default_device_does_not_matter_to_finetuning(tiny_checkpoint, tmp_path, train):
+    data = write_pairs(tmp_path / "data.jsonl", 4)
+    options = {"train": train, "epochs": 1, "batch_size": 2, "max_seq_len": 96, "dtype": "float32", "lr": 1e-2}
+    finetune(data, tmp_path / "expected", tiny_checkpoint, **options)
+    with torch.device("meta"):
+        finetune(data, tmp_path / "actual", tiny_checkpoint, **options)
+    assert same_weights(load(tmp_path / "actual"), load(tmp_path / "expected"))
+    assert not same_weights(load(tmp_path / "actual"), load(tiny_checkpoint))
 
 
 def test_the_same_seed_samples_the_same_tokens(tiny_checkpoint):
@@ -181,9 +225,6 @@ def test_default_dtype(tiny_checkpoint, monkeypatch):
     assert default_dtype(torch.device("cpu")) == torch.float32
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     assert default_dtype(torch.device("cpu")) == torch.bfloat16
-    for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported, **options: supported)
-        assert default_dtype(torch.device("cuda")) == dtype
 
 
 def test_computed_bytes_are_those_of_the_model():

@@ -357,6 +357,20 @@ def test_invalid_options(tiny_checkpoint, tmp_path, changes, message):
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
+def test_running_out_of_memory_says_what_to_lower(tiny_checkpoint, tmp_path, data, monkeypatch):
+    def train_step(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(training, "train_step", train_step)
+    message = (
+        r"not enough memory to train 'all' with batch_size=4, max_seq_len=96: lower them \(a higher grad_accum .*, "
+        "or use activation_checkpointing, train='lora' or more processes"
+    )
+    with pytest.raises(MemoryError, match=message) as raised:
+        finetune(data, tmp_path / "out", tiny_checkpoint, **OPTIONS)
+    assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)
+
+
 def test_truncated_prompts_are_logged(tiny_checkpoint, tmp_path, caplog):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": "0" * n, "completion": "in"}) + "\n" for n in (9, 99, 9, 99)))

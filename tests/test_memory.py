@@ -1,19 +1,25 @@
-"""The memory that quantized models take, and what is said when there isn't enough. (test_real_shapes.py computes the
-footprints of published models, test_build.py those of whole models in memory.)"""
+"""The memory that quantized models take, and what is said when there isn't enough, to build and in a call.
+
+test_real_shapes.py computes the footprints of published models, test_build.py those of whole models in memory.
+"""
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import Ranks, tiny_args, tiny_model, write_meta_checkpoint
+from conftest import Ranks, ScriptedTokenizer, tiny_args, tiny_model, write_meta_checkpoint
 from test_real_shapes import MODELS
 
 import llama.checkpoint.memory
-from llama import ModelArgs
+import llama.generation
+from llama import Llama, ModelArgs
 from llama.checkpoint import load_model, open_checkpoint
-from llama.checkpoint.memory import check_memory, explain_out_of_memory, weight_bytes
+from llama.checkpoint.memory import cache_bytes, check_memory, explain_out_of_memory, free_memory, weight_bytes
 from llama.memory import footprint
+from llama.model import TransformerBlock
+from llama.out_of_memory import is_out_of_memory, out_of_memory_explained
 from llama.quantized import QUANTIZATIONS
 
 CPU = torch.device("cpu")
@@ -82,6 +88,108 @@ def test_invalid_arguments_of_footprint(tmp_path, options, message):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB",
+        "CUDA error: out of memory",
+        "CUDA driver error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+        "NCCL error: unhandled cuda error\nLast error:\nFailed to CUDA calloc 8388608 bytes",
+        "MPS backend out of memory",
+        "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory",
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
+        "[Errno 12] Cannot allocate memory",
+    ],
+)
+def test_errors_that_mean_that_memory_has_run_out(text):
+    error = RuntimeError(text)
+    assert is_out_of_memory(error)
+    with pytest.raises(MemoryError, match="less of it") as raised, out_of_memory_explained("less of it"):
+        raise error
+    assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
+        ValueError("no memory of it"),
+    ],
+)
+def test_other_errors_stay_as_they_are(error):
+    assert not is_out_of_memory(error)
+    with pytest.raises(type(error)) as raised, out_of_memory_explained("less of it"):
+        raise error
+    assert raised.value is error
+
+
+def test_an_error_of_this_kind_is_recognised_as_torch_raises_it():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8, device="cpu")
+    assert is_out_of_memory(raised.value)
+
+
+class OutOfMemory(TransformerBlock):
+    """A layer that runs out of memory in calls of as many tokens a row as `seq` says."""
+
+    seq = 0
+
+    def forward(self, x, *rest):
+        if x.shape[1] == self.seq:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().forward(x, *rest)
+
+
+ROWS = r", with 2 rows each \(num_return_sequences or num_beams\): give fewer prompts at a time, fewer rows each or "
+ADVICE = (
+    "shorter prompts; or build with quantize='int8' or 'int4', over more processes, or with a lower max_batch_size or "
+    "max_seq_len, for a smaller KV cache"
+)
+
+
+@pytest.mark.parametrize("seq", [5, 1])
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({}, ": give fewer prompts at a time or " + ADVICE),
+        ({"num_return_sequences": 2}, ROWS + ADVICE),
+        ({"num_beams": 2}, ROWS + ADVICE),
+    ],
+)
+def test_running_out_of_memory_in_a_call(seq, options, advice):
+    llama = Llama(tiny_model(), ScriptedTokenizer())
+    prompts = [[5, 6, 7, 8, 9], [10, 11]]
+    expected = llama.generate(prompts, 4, 0)
+    llama.model.layers[1].__class__ = OutOfMemory
+    llama.model.layers[1].seq = seq
+    n_rows = len(prompts) * (2 if options else 1)
+    work = "prefill" if seq == 5 else rf"decode the next token of {n_rows} row\(s\):"
+    message = rf"^not enough memory to {work} 2 prompt\(s\) of up to 5 tokens{advice}$"
+    calls = [llama.generate] if "num_beams" in options else [llama.generate, collected(llama.generate_stream)]
+    for call in calls:
+        with pytest.raises(MemoryError, match=message) as raised:
+            call(prompts, 4, **options)
+        assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)
+    llama.model.layers[1].seq = 0
+    assert llama.generate(prompts, 4, 0) == expected  # nothing of the failed calls is left
+
+
+def collected(stream):
+    return lambda *args, **options: list(stream(*args, **options))
+
+
+def test_a_processor_that_fails_otherwise_is_not_explained():
+    def fail(tokens, logits):
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match=r"^something else$"):
+        Llama(tiny_model(), ScriptedTokenizer()).generate([[5]], 4, logits_processor=fail)
+
+
+@pytest.mark.parametrize(
     ("dtype", "quantize", "advice"),
     [
         (torch.float32, None, "quantize='int8' or 'int4', a 16-bit dtype, a lower max_batch_size or max_seq_len, or"),
@@ -120,6 +228,52 @@ def test_quantized_weights_must_fit_into_the_free_memory(monkeypatch, caplog):
         assert "GB of memory are free" in check(cache, None)  # all weights may be mapped
         with pytest.raises(MemoryError, match=r"build with quantize='int8' or 'int4'"):
             check(cache - 1, None)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU's memory in bytes, as torch reports it."""
+    memory = {"free": 0, "reserved": 0, "allocated": 0}
+    properties = SimpleNamespace(is_integrated=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory["free"], 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: memory["reserved"])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: memory["allocated"])
+    return SimpleNamespace(memory=memory, properties=properties)
+
+
+@pytest.mark.parametrize("quantize", [None, "int4"])
+def test_weights_and_cache_must_fit_into_a_gpu(monkeypatch, gpu, quantize):
+    """Also those in the dtype: nothing is mapped there."""
+    monkeypatch.setattr(llama.checkpoint.memory, "free_host_memory", lambda: 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # each has a GPU of its own
+    args, cuda = tiny_args(vocab_size=50_000, max_seq_len=16), torch.device("cuda", 1)
+    needed = weight_bytes(args, torch.bfloat16, 1, quantize) + cache_bytes(args, torch.bfloat16, 1)
+    gpu.memory["free"] = needed
+    check_memory(args, cuda, torch.bfloat16, quantize)
+    gpu.memory["free"] = needed - 1
+    with pytest.raises(MemoryError, match=r"in bfloat16 on cuda:1: build with .* processes \(0\.0. GB are free\)"):
+        check_memory(args, cuda, torch.bfloat16, quantize)
+    gpu.memory |= {"reserved": 10, "allocated": 9}  # torch would use the byte between them
+    check_memory(args, cuda, torch.bfloat16, quantize)
+
+
+def test_a_gpu_without_memory_of_its_own_uses_the_hosts(monkeypatch, gpu):
+    gpu.properties.is_integrated = 1  # and what it calls free leaves out what holds cached files
+    for free in (10**9, None):
+        monkeypatch.setattr(llama.checkpoint.memory, "free_host_memory", lambda free=free: free)
+        assert free_memory(torch.device("cuda", 0)) == free
+        check_memory(tiny_args(), torch.device("cuda", 0), torch.bfloat16)
+    monkeypatch.setattr(llama.checkpoint.memory, "free_host_memory", lambda: 0)
+    with pytest.raises(MemoryError):
+        check_memory(tiny_args(), torch.device("cuda", 0), torch.bfloat16)
+
+
+def test_a_gpu_is_checked_before_anything_is_loaded(monkeypatch, gpu, tiny_checkpoint):
+    monkeypatch.setattr(llama.generation.distributed, "setup", lambda device, size: torch.device("cuda", 0))
+    monkeypatch.setattr(llama.generation, "load_model", None)  # which is not reached
+    with pytest.raises(MemoryError, match="build with quantize='int8' or 'int4', a lower max_batch_size"):
+        Llama.build(tiny_checkpoint, None, 32, 1, dtype=torch.bfloat16)
 
 
 def test_every_process_of_the_machine_needs_its_memory(monkeypatch):

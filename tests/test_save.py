@@ -16,6 +16,7 @@ from conftest import (
     load,
     run_python,
     same_weights,
+    tiny_args,
     tiny_model,
     torchrun,
     write_gguf,
@@ -28,11 +29,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_finetune_parallel import write_pairs
 from test_hugging_face import MODELS, random_hugging_face_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llama import Llama, ModelArgs, Tokenizer
-from llama.checkpoint import load_model, open_checkpoint, save_checkpoint
+from llama import Llama, ModelArgs, Tokenizer, Transformer
+from llama.checkpoint import load_model, open_checkpoint, parameter_shapes, save_checkpoint
 from llama.checkpoint.hugging_face import split_evenly, to_config_json
+from llama.checkpoint.load import set_weight
 from llama.checkpoint.meta import to_params_json
+from llama.checkpoint.save import gather_parameters
 from llama.convert import convert
 from llama.default_model import default_checkpoint
 from llama.finetune import finetune
@@ -242,6 +246,7 @@ SAVE = """
 import sys, torch
 from llama import Llama
 from llama.checkpoint import save_checkpoint
+torch.distributed.init_process_group("cuda:gloo")  # there are no collectives on the CPU, as with NCCL
 llama = Llama.build(sys.argv[1], None, 64, 2, device="cpu", dtype=torch.float32, quantize="int4")
 save_checkpoint(f"{sys.argv[2]}-int4", llama.model, llama.tokenizer)
 llama = Llama.build(sys.argv[1], None, 64, 2, device="cpu", dtype=torch.float32)
@@ -266,18 +271,40 @@ def test_saved_by_real_processes(tmp_path, tiny_checkpoint, n):
 
 
 FAILED = """
-import os, sys, torch
+import contextlib, os, sys, torch
 from llama import Llama
-from llama.checkpoint import save_checkpoint
+from llama.checkpoint import memory, meta, save_checkpoint
 from llama.errors import InputError
-llama = Llama.build(sys.argv[1], None, 64, 2, device="cpu", dtype=torch.float32)
-for folder, expected in ((sys.argv[1], InputError), (sys.argv[2], ZeroDivisionError)):
-    if expected is ZeroDivisionError:
-        torch.save = lambda *arguments: 1 / 0  # in the middle of writing, as if the disk failed
+
+def build():
+    return Llama.build(sys.argv[1], None, 64, 2, device="cpu", dtype=torch.float32)
+
+@contextlib.contextmanager
+def raised(expected):
     try:
-        save_checkpoint(folder, llama.model, llama.tokenizer)
+        yield
     except expected as error:
         sys.stderr.write(f"rank {os.environ['RANK']}: {type(error).__name__}\\n")
+    else:
+        raise SystemExit("nothing was raised")
+
+read, free_host_memory = meta.MetaCheckpoint.read, memory.free_host_memory
+if os.environ["RANK"] == "1":
+    memory.free_host_memory = lambda: 0
+with raised(MemoryError):
+    build()
+memory.free_host_memory = free_host_memory
+if os.environ["RANK"] == "1":
+    meta.MetaCheckpoint.read = lambda *arguments: [][0]  # as if its disk failed
+with raised(IndexError):
+    build()
+meta.MetaCheckpoint.read = read
+llama = build()
+with raised(InputError):
+    save_checkpoint(sys.argv[1], llama.model, llama.tokenizer)
+torch.save = lambda *arguments: 1 / 0  # in the middle of writing, as if the disk failed
+with raised(ZeroDivisionError):
+    save_checkpoint(sys.argv[2], llama.model, llama.tokenizer)
 ranks = torch.ones(1)
 torch.distributed.all_reduce(ranks)  # the ranks are still at the same point
 assert ranks == 2
@@ -285,14 +312,28 @@ assert ranks == 2
 
 
 @pytest.mark.slow
-def test_an_error_on_the_first_rank_is_raised_on_all(tmp_path, tiny_checkpoint):
+def test_an_error_on_one_rank_is_raised_on_all(tmp_path, tiny_checkpoint):
     (tmp_path / "failed.py").write_text(FAILED)
     run = torchrun(2, tmp_path / "failed.py", tiny_checkpoint, tmp_path / "saved", timeout=120)
     assert run.returncode == 0, run.stderr
     for rank in range(2):
-        for name in ("InputError", "ZeroDivisionError"):
+        for name in ("MemoryError", "IndexError", "InputError", "ZeroDivisionError"):
             assert f"rank {rank}: {name}" in run.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["failed.py"]
+
+
+def test_the_tensors_of_a_gpu_are_written_from_the_cpu():
+    """It may have no memory left to reorder or to join them."""
+    with FakeTensorMode():
+        model = Transformer(tiny_args())
+        shapes = parameter_shapes(model.params)
+        for name, shape in shapes.items():
+            tensor = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+            set_weight(model.get_submodule(name.removesuffix(".weight")), torch.nn.Parameter(tensor))
+        assert {weight.device.type for weight in model.parameters()} == {"cuda"}
+        gathered = dict(gather_parameters(model))
+        assert {(tensor.device.type, tensor.dtype) for tensor in gathered.values()} == {("cpu", torch.bfloat16)}
+        assert {name: tuple(tensor.shape) for name, tensor in gathered.items()} == shapes
 
 
 def test_a_model_with_gradients(tmp_path, llama3):

@@ -216,6 +216,6 @@ def as_scaled_rope(divisors: tuple[float, ...], theta: float) -> dict[str, Any] 
         return None
     plain = precompute_freqs_cis(head_size, 2, theta)[1].angle()  # the angles of position 1 are the frequencies
     scaled = precompute_freqs_cis(head_size, 2, theta, True, scaling_factor=factor)[1].angle()
-    if not torch.allclose(plain / scaled, torch.tensor(divisors), rtol=1e-4):
+    if not torch.allclose(plain / scaled, torch.tensor(divisors, device="cpu"), rtol=1e-4):
         return None
     return {"use_scaled_rope": True, "rope_scaling_factor": factor}

@@ -15,7 +15,7 @@ from llama.checkpoint.lora_adapter import ADAPTER_CONFIG, describe_adapter
 from llama.checkpoint.meta import MetaCheckpoint, read_params_json_without_weights
 from llama.checkpoint.parameters import Share, parameter_shapes, quantization_of, share
 from llama.checkpoint.progress import progress
-from llama.distributed import model_parallel_rank, model_parallel_size
+from llama.distributed import model_parallel_rank, model_parallel_size, raising_on_all_ranks
 from llama.errors import CheckpointError, InputError, MissingFileError
 from llama.files import listing, require_path
 from llama.int4_packing import CHUNK_ROWS
@@ -129,7 +129,8 @@ def load_model(
 ) -> Transformer:
     """The network with this process's share of the checkpoint's weights.
 
-    Weights that already have the right dtype and device stay mapped from their file, without a copy.
+    Weights that already have the right dtype and device stay mapped from their file, without a copy. All processes wait
+    for each other at the end, however slow a disk is; what one raises, all raise.
 
     Args:
         checkpoint: one that `check_tensors` has accepted.
@@ -146,19 +147,20 @@ def load_model(
     shapes = parameter_shapes(args)
     with torch.device("meta"):
         model = Transformer(args)
-    for name in progress(shapes, "loading", " tensors"):
-        part = share(name, shapes[name], args, rank, size)
-        quantization = quantization_of(name, args, quantize, size)
-        weight: nn.Parameter | QuantizedWeight
-        if quantization is None:
-            read = checkpoint.read(name, *part)
-            weight = nn.Parameter(read.to(device=device, dtype=dtype).contiguous())
-            if quantize is not None:
-                checkpoint.release(name)
-        else:
-            weight = read_quantized(checkpoint, name, shapes[name], part, quantization, device=device, dtype=dtype)
-            release_free_memory()
-        set_weight(model.get_submodule(name.removesuffix(".weight")), weight)
+    with raising_on_all_ranks():
+        for name in progress(shapes, "loading", " tensors"):
+            part = share(name, shapes[name], args, rank, size)
+            quantization = quantization_of(name, args, quantize, size)
+            weight: nn.Parameter | QuantizedWeight
+            if quantization is None:
+                read = checkpoint.read(name, *part)
+                weight = nn.Parameter(read.to(dtype).to(device).contiguous())  # in this order: MPS has no float64
+                if quantize is not None:
+                    checkpoint.release(name)
+            else:
+                weight = read_quantized(checkpoint, name, shapes[name], part, quantization, device=device, dtype=dtype)
+                release_free_memory()
+            set_weight(model.get_submodule(name.removesuffix(".weight")), weight)
     if args.tie_embeddings:
         set_weight(model.output, model.tok_embeddings.weight)
     return model

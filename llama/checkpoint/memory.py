@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -15,8 +14,9 @@ import torch
 from llama.checkpoint.load import read_settings
 from llama.checkpoint.parameters import parameter_count, parameter_shapes, quantization_of, share
 from llama.device import dtype_name
-from llama.distributed import model_parallel_size
+from llama.distributed import model_parallel_size, raising_on_all_ranks
 from llama.model_args import ModelArgs
+from llama.out_of_memory import out_of_memory_explained
 from llama.quantized import GROUP_SIZE, check_quantize
 
 logger = logging.getLogger("llama")
@@ -104,24 +104,38 @@ def cache_bytes(args: ModelArgs, dtype: torch.dtype, size: int) -> int:
 
 
 def check_memory(args: ModelArgs, device: torch.device, dtype: torch.dtype, quantize: str | None = None) -> None:
-    """Log the memory that a model is about to take; on the CPU, compare it with the free memory.
+    """Log the memory that a model is about to take, and compare it with the free memory, on the CPU and on CUDA.
 
-    The operating system kills a process that uses more than there is, without an explanation. Weights in the dtype may
-    be mapped from their files, which needs no free memory: where only they don't fit, there is a warning.
+    On the CPU the operating system kills a process that uses more than there is, without an explanation. Weights in the
+    dtype may be mapped from their files there, which needs no free memory: where only they don't fit, there is a
+    warning. On CUDA everything must fit into the GPU, and it is better to know before minutes of loading.
 
     Raises:
-        MemoryError: the KV cache and the quantized weights are larger than the free memory.
+        MemoryError: on any process what is allocated is larger than the free memory.
     """
     logger.info("%s parameters: %s", f"{parameter_count(args):,}", _describe(args, device, dtype, quantize))
-    free = free_host_memory() if device.type == "cpu" else None
-    if free is not None:
-        processes, size = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), model_parallel_size()
-        weights = _weight_bytes_by_quantization(args, dtype, size, quantize)
-        allocated = processes * (cache_bytes(args, dtype, size) + weights["int8"] + weights["int4"])
-        if allocated > free:
+    free, size = free_memory(device), model_parallel_size()
+    weights = _weight_bytes_by_quantization(args, dtype, size, quantize)
+    mapped = weights.pop(None, 0) if device.type == "cpu" else 0
+    allocated = cache_bytes(args, dtype, size) + weights.total()
+    if device.type == "cpu":  # the machine's processes share its memory
+        n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        mapped, allocated = n_processes * mapped, n_processes * allocated
+    with raising_on_all_ranks():
+        if free is not None and allocated > free:
             raise MemoryError(f"{_out_of_memory_message(args, device, dtype, quantize)} ({free / 1e9:.2f} GB are free)")
-        if allocated + processes * weights[None] > free:
-            logger.warning("only %.2f GB of memory are free; %s", free / 1e9, _describe(args, device, dtype, quantize))
+    if free is not None and allocated + mapped > free:
+        logger.warning("only %.2f GB of memory are free; %s", free / 1e9, _describe(args, device, dtype, quantize))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated on a device; None if that isn't known."""
+    if device.type == "cuda" and not torch.cuda.get_device_properties(device).is_integrated:
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch would use it again
+        return torch.cuda.mem_get_info(device)[0] + cached
+    # A GPU without memory of its own uses the host's. Its driver counts the operating system's file cache, which holds
+    # the checkpoint that was just read, as not free.
+    return None if device.type == "mps" else free_host_memory()
 
 
 def free_host_memory() -> int | None:
@@ -133,23 +147,11 @@ def free_host_memory() -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
-@contextlib.contextmanager
 def explain_out_of_memory(
     args: ModelArgs, device: torch.device, dtype: torch.dtype, quantize: str | None = None
-) -> Iterator[None]:
-    """Turn the errors by which torch runs out of memory into a MemoryError that says what to lower."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            raise MemoryError(_out_of_memory_message(args, device, dtype, quantize)) from error
-        raise
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that there is not enough memory, on the CPU or on a GPU."""
-    phrases = ("out of memory", "allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases)
+) -> contextlib.AbstractContextManager[None]:
+    """A context manager: where torch runs out of memory in its block, a MemoryError says what to lower."""
+    return out_of_memory_explained(_out_of_memory_message(args, device, dtype, quantize))
 
 
 def _describe(args: ModelArgs, device: torch.device, dtype: torch.dtype, quantize: str | None) -> str:

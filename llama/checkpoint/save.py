@@ -79,15 +79,16 @@ def save_checkpoint(
 def gather_parameters(model: Transformer) -> Iterator[tuple[str, torch.Tensor]]:
     """The name of every parameter and, on the first model-parallel rank, the whole parameter, from all ranks' slices.
 
-    Quantized weights are dequantized, one at a time. The tensors on the other ranks are to be ignored.
+    The tensors are on the CPU: a GPU may be full. Quantized weights are dequantized, one at a time. The tensors on the
+    other ranks are to be ignored.
     """
     args, size = model.params, model_parallel_size()
     for name, shape in parameter_shapes(args).items():
         weight = model.get_submodule(name.removesuffix(".weight")).weight
         if isinstance(weight, QuantizedWeight):
-            tensor = weight.dequantize().contiguous()  # gather may take its numbers in the order of memory
+            tensor = weight.dequantize().cpu()
         else:
-            tensor = model.get_parameter(name).detach()
+            tensor = model.get_parameter(name).detach().cpu()
         shares = [share(name, shape, args, rank, size) for rank in range(size)]
         axis = shares[0].axis
         if axis is not None and size > 1:

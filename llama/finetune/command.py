@@ -9,7 +9,6 @@ import torch
 from llama import distributed
 from llama.chat_format import ChatFormat, named_format
 from llama.checkpoint import check_tensors, load_model, open_checkpoint
-from llama.checkpoint.memory import is_out_of_memory
 from llama.default_model import default_checkpoint
 from llama.device import default_dtype, dtype_name, dtype_named
 from llama.errors import InputError
@@ -17,6 +16,7 @@ from llama.finetune.data import read_examples, split_validation
 from llama.finetune.run_folder import RunFolder
 from llama.finetune.training import train as train_model
 from llama.finetune.training_params import TrainingParams
+from llama.out_of_memory import out_of_memory_explained
 from llama.tokenizer import Tokenizer
 
 logger = logging.getLogger("llama")
@@ -136,17 +136,13 @@ def finetune(
             "copies": distributed.data_parallel_size(),
         },
     )
-    try:
+    with out_of_memory_explained(
+        f"not enough memory to train {train!r} with batch_size={batch_size}, max_seq_len={max_seq_len}: lower them (a "
+        f"higher grad_accum makes up for a lower batch_size), or use activation_checkpointing, train='lora' or more "
+        f"processes"
+    ):
         model = load_model(checkpoint, args, device=device, dtype=torch_dtype)
         train_model(model, training, validation, params, folder)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise MemoryError(
-            f"not enough memory to train {train!r} with batch_size={batch_size}, max_seq_len={max_seq_len}: lower them "
-            f"(a higher grad_accum makes up for a lower batch_size), or use activation_checkpointing, train='lora' or "
-            f"more processes"
-        ) from error
     folder.finish(model, tokenizer)
     if chat_format is not None:  # which no file of a checkpoint can say
         logger.warning("chat with this model by --chat_format %s, in which it was trained", chat_format)

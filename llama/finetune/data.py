@@ -181,17 +181,15 @@ def shuffled(examples: Sequence[Example], epoch: int, seed: int) -> list[Example
     return random.Random(f"epoch {epoch}, seed {seed}").sample(examples, len(examples))
 
 
-def make_batch(examples: Sequence[Example], device: torch.device | None = None) -> Batch:
-    """Put examples into one batch.
+def make_batch(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
+    """Put examples into one batch, on a device.
 
     Shorter rows are padded on the right. The value of the padding doesn't matter: no earlier position attends to it,
     and it doesn't count in the loss.
     """
     length = max(len(example.tokens) for example in examples)
-    tokens = torch.zeros(len(examples), length, dtype=torch.int64)
-    loss_mask = torch.zeros(len(examples), length, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        tokens[row, : len(example.tokens)] = torch.tensor(example.tokens)
-        loss_mask[row, : len(example.tokens)] = torch.tensor(example.loss_mask)
-    tokens, loss_mask = tokens.to(device), loss_mask.to(device)
+    padded_tokens = [example.tokens + [0] * (length - len(example.tokens)) for example in examples]
+    padded_mask = [example.loss_mask + [False] * (length - len(example.tokens)) for example in examples]
+    tokens = torch.tensor(padded_tokens, dtype=torch.int64, device=device)
+    loss_mask = torch.tensor(padded_mask, dtype=torch.bool, device=device)
     return Batch(tokens[:, :-1], tokens[:, 1:], loss_mask[:, 1:])

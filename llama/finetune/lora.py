@@ -47,7 +47,7 @@ class LoRALinear(nn.Module):
                 up = KVHeadParallelLinear(rank, base.n_kv_heads, out_features // local_kv_heads(base.n_kv_heads))
             else:
                 up = ColumnParallelLinear(rank, out_features * size)
-        initial = torch.empty(rank, in_features).uniform_(-1, 1, generator=generator) / in_features**0.5
+        initial = torch.empty(rank, in_features, device="cpu").uniform_(-1, 1, generator=generator) / in_features**0.5
         if split_by_input:
             initial = initial.chunk(size, dim=1)[model_parallel_rank()]
         down.weight = nn.Parameter(initial.to(weight))  # (rank, in_features), or this process's share of it
@@ -71,7 +71,7 @@ def add_lora(model: Transformer, rank: int, seed: int) -> None:
         InputError: the model is quantized.
     """
     check_trainable(model)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     model.requires_grad_(False)
     for block in model.layers:
         for part in block.children():

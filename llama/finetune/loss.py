@@ -40,7 +40,7 @@ def shard(examples: Sequence[Example], batch_size: int) -> Iterator[Sequence[Exa
 def mean_loss(model: Transformer, examples: Sequence[Example], batch_size: int) -> float:
     """Return the loss over examples, those of all processes together, without training on them."""
     device = model.norm.weight.device
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), dtype=torch.float32, device=device)
     for batch in shard(examples, batch_size):
         total += summed_loss(model, make_batch(batch, device))
     return sum_over_data_parallel(total).item() / sum(example.n_loss_tokens for example in examples)

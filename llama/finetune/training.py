@@ -139,7 +139,7 @@ def train_step(
     """
     device = model.norm.weight.device
     n_loss_tokens = sum(example.n_loss_tokens for example in examples)  # of all processes; see `llama.finetune.loss`
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), dtype=torch.float32, device=device)
     for batch in shard(examples, params.batch_size):
         loss = summed_loss(model, make_batch(batch, device)) / n_loss_tokens
         loss.backward()
