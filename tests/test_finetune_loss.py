@@ -1,11 +1,13 @@
 """The masked loss, training steps, AdamW and LoRA, compared with transformers, torch and their definitions."""
 
+import copy
 import io
 import math
 
 import pytest
 import torch
 from conftest import hugging_face_twin, same_weights, tiny_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 from train_everything import random_examples, training_params
 
 from llama.errors import InputError
@@ -212,6 +214,39 @@ def test_a_quantized_model_is_refused(what):
         add_lora(model, 4, seed=1)
     with pytest.raises(InputError, match=message):
         Optimizer(model, 0.0)
+
+
+def test_adamw_is_fused_on_a_gpu_alone(monkeypatch):
+    """Unfused it takes memory for another copy of the weights; on the CPU, fused or not, results would change."""
+    options = []
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **given: options.append(given))
+    for device, expected in (("cuda", True), ("cpu", None)):
+        with FakeTensorMode():
+            layer = torch.nn.Module()
+            layer.weight = torch.nn.Parameter(torch.empty(4, 3, device=device))
+            Optimizer(layer, 0.0)
+        assert options.pop() == {"betas": BETAS, "fused": expected}
+
+
+def test_a_state_that_was_saved_on_a_gpu_goes_on_as_any_other():
+    def trained(state=None):
+        model = tiny_model()
+        optimizer = Optimizer(model, 0.1)
+        if state is None:
+            train_step(model, optimizer, random_examples(4), 1e-2, training_params())
+            return optimizer.state()
+        optimizer.restore(state)
+        for seed in range(3):
+            train_step(model, optimizer, random_examples(4, seed), 1e-2, training_params())
+        return model
+
+    state = copy.deepcopy(trained())
+    expected = trained(copy.deepcopy(state))
+    for group in state["adamw"]["param_groups"]:
+        assert group["fused"] is None
+        group["fused"] = True
+    assert same_weights(trained(state), expected)
+    assert state["adamw"]["param_groups"][0]["fused"] is True  # the caller's object isn't changed
 
 
 def test_adamw_is_that_of_torch_with_decay_of_matrices_only():

@@ -80,7 +80,9 @@ class Optimizer:
         matrices = [weight for weight in self.master_weights.values() if weight.dim() > 1]
         vectors = [weight for weight in self.master_weights.values() if weight.dim() == 1]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self._adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=BETAS)
+        # Fused on CUDA: otherwise AdamW takes memory for another copy of the weights in each step.
+        self._fused = True if any(weight.is_cuda for weight in matrices + vectors) else None
+        self._adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=BETAS, fused=self._fused)
 
     def accumulate_gradients(self) -> None:
         """Move the gradients of one batch from the model into the float32 sum of this step."""
@@ -128,7 +130,8 @@ class Optimizer:
                     weight.grad.mul_(clip / norm)
         for group in self._adamw.param_groups:
             group["lr"] = rate
-        self._adamw.step()
+        with torch.device("cpu"):  # older torch makes AdamW's counts of steps on the default device
+            self._adamw.step()
         self._adamw.zero_grad()
         self._copy_to_model()
         return norm
@@ -149,5 +152,7 @@ class Optimizer:
         """Continue from a result of `state`."""
         for name, weight in self.master_weights.items():
             weight.copy_(state["masters"][name])
-        self._adamw.load_state_dict(state["adamw"])
+        # The state may have been saved on another device.
+        groups = [group | {"fused": self._fused} for group in state["adamw"]["param_groups"]]
+        self._adamw.load_state_dict(state["adamw"] | {"param_groups": groups})
         self._copy_to_model()
