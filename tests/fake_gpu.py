@@ -105,6 +105,8 @@ class FakeGPU(TorchDispatchMode):
                 is_mask = index is not None and index.dtype == torch.bool
                 self.waits[operation] += is_mask
                 indices += index.new_empty(index.dim(), N_TRUE, dtype=torch.long).unbind(0) if is_mask else [index]
+            expanded = torch.broadcast_tensors(*(index for index in indices if index is not None))
+            self.operations["indices copied"] += len({index.stride() for index in expanded}) > 1  # by torch, within it
             args = (args[0], indices, *args[2:])
         return operation(*args, **kwargs)
 
