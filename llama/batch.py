@@ -17,6 +17,7 @@ from llama.errors import InputError
 from llama.model_lock import lock_of
 from llama.non_finite import explain_non_finite
 from llama.out_of_memory import explain_generation, is_out_of_memory
+from llama.positions import fixed_end, has_fixed_steps
 from llama.protocols import Cache, LanguageModel, TextTokenizer
 from llama.sampling import sample
 from llama.sampling_params import SamplingParams, check_prompts
@@ -100,9 +101,10 @@ def generate_pieces(
         start_pos = common_prefix(prompts, cache.tokens) if params.reuse_cache and cache is not None else 0
         if max(max_new_tokens) > 0 or score_prompts:
             prefilled, longest = prompts if cache is not None else prompt_of_row, max(map(len, prompts))
-            if cache is not None and min(map(len, prompts)) < longest:
-                cache.clear(longest, longest + max(max_new_tokens))  # masked for shorter rows, but 0 x NaN is NaN
             logits, prompt_logprobs = prefill(model, prefilled, start_pos, score_prompts)
+            if cache is not None and (min(map(len, prompts)) < longest or has_fixed_steps(logits.device)):
+                # What earlier calls have left there is masked, but 0 x NaN is NaN.
+                cache.clear(longest, fixed_end(longest + max(max_new_tokens), model.params.max_seq_len))
             for prompt, scores in zip(prefilled, prompt_logprobs, strict=False):
                 if any(map(math.isnan, scores)):
                     raise ArithmeticError(explain_non_finite(model, prompt))

@@ -344,17 +344,13 @@ def on_first_rank(action: Callable[[], None]) -> None:
             action()
 
 
-def object_broadcaster() -> Callable[[Value], Value]:
-    """A function that gives every rank the object that rank 0 passes to it; all of them must call it.
+def broadcast_object(value: Value) -> Value:
+    """Give every rank the object that rank 0 passes; all of them must call this.
 
     It waits for rank 0 as long as that takes: a person may be typing there.
     """
     if not dist.is_initialized():
-        return lambda value: value
-
-    def broadcast_object(value: Value) -> Value:
-        shared = [value]
-        dist.broadcast_object_list(shared, src=0, group=waiting_group(), device=torch.device("cpu"))
-        return shared[0]
-
-    return broadcast_object
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared, src=0, group=waiting_group(), device=torch.device("cpu"))
+    return shared[0]

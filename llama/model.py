@@ -223,6 +223,7 @@ class Transformer(nn.Module):
         params.check(model_parallel_size())
         self.params = params
         self.vocab_size, self.n_layers = params.vocab_size, params.n_layers
+        self.n_rep = params.n_heads // model_parallel_size() // local_kv_heads(params.kv_heads)
         self.tok_embeddings = VocabParallelEmbedding(params.vocab_size, params.dim)
         self.layers = nn.ModuleList(TransformerBlock(layer_id, params) for layer_id in range(params.n_layers))
         self.norm = RMSNorm(params.dim, eps=params.norm_eps)
@@ -304,8 +305,7 @@ class Transformer(nn.Module):
             batch, seq, _ = h.shape
             if self.freqs_cis.device != h.device:
                 self.freqs_cis = rotations_on(h.device, self.freqs_cis)
-            n_rep = self.params.n_heads // model_parallel_size() // local_kv_heads(self.params.kv_heads)
-            freqs_cis, mask = lay_out_positions(self.freqs_cis, start_pos, seq, end, n_rep, h.dtype)
+            freqs_cis, mask = lay_out_positions(self.freqs_cis, start_pos, seq, end, self.n_rep, h.dtype)
             caches: Sequence[LayerCache | None] = [None] * self.n_layers
             if start_pos is not None:
                 caches = self.setup_cache().layers(batch, seq, start_pos, end)

@@ -20,7 +20,6 @@ def explain_non_finite(model: Any, text: list[int], processed: bool = False) -> 
     message = "the network computed NaN or infinity"
     if not isinstance(model, Transformer):
         return message
-    model.setup_cache().clear(0, model.params.max_seq_len)  # a later call may mask what lies there, but 0 x NaN is NaN
     bad: list[int] = []
 
     def look(layer: Any, _inputs: Any, output: torch.Tensor) -> None:

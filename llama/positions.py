@@ -6,6 +6,7 @@ import torch
 
 from llama.device import copy_without_wait
 
+FIXED_STEPS_ON = ("cuda",)  # kinds of devices
 SHORTEST_END = 256  # positions that a decoding step of fixed shape attends to, at least
 ALIGNMENT = 8  # at whose multiples the rows of a mask begin: torch would else lay it out anew in every layer on a GPU
 
@@ -15,7 +16,7 @@ def has_fixed_steps(device: torch.device) -> bool:
 
     On a GPU a step can then be captured (see `llama.captured`), and no operation prepares itself for each new length.
     """
-    return device.type == "cuda"
+    return device.type in FIXED_STEPS_ON
 
 
 def fixed_end(end: int, max_seq_len: int) -> int:

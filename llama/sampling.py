@@ -55,8 +55,8 @@ def sample_top_p(probs: torch.Tensor, p: float, *, generator: torch.Generator | 
     else:
         sorted_probs, sorted_ids = probs.topk(count, dim=-1)  # (batch, count)
     nucleus = sorted_probs.masked_fill(torch.cumsum(sorted_probs, dim=-1) - sorted_probs > p, 0.0)
-    # As wide as the vocabulary, so that as many random numbers are used, and the sum is rounded alike.
-    nucleus = F.pad(nucleus, (0, vocab_size - count))
+    if count < vocab_size:  # as wide as the vocabulary, so that as many random numbers are used, and sums rounded alike
+        nucleus = F.pad(nucleus, (0, vocab_size - count))
     nucleus = nucleus / nucleus.sum(dim=-1, keepdim=True)
     if has_fixed_steps(probs.device):  # what torch.multinomial does, but for its checks: they make the host wait
         noise = torch.empty_like(nucleus).exponential_(generator=generator)

@@ -11,7 +11,6 @@ from conftest import ScriptedTokenizer, tiny_model
 from fake_gpu import fake_gpu, on_gpu
 
 from llama import Llama, Transformer, captured, positions
-from llama import model as model_module
 from llama.captured import CapturedModel
 from llama.compiled import compile_model
 from llama.errors import InputError
@@ -47,7 +46,7 @@ def cuda_on_the_cpu(monkeypatch):
 
     monkeypatch.setattr(Graph, "graphs", [])
     monkeypatch.setattr(captured, "capture", capture)
-    monkeypatch.setattr(model_module, "has_fixed_steps", lambda device: True)
+    monkeypatch.setattr(positions, "FIXED_STEPS_ON", ("cpu",))
     monkeypatch.setattr(positions, "SHORTEST_END", 16)
 
 

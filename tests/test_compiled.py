@@ -222,8 +222,25 @@ def test_several_processes_run_steps_as_they_are(tiny_checkpoint, tmp_path):
     assert result.stdout.strip() == str(plain.generate([[5, 6, 7]], 20, temperature=0)[0][0])
 
 
-def test_a_short_context_has_nothing_to_compile():
+def test_a_short_context_has_nothing_to_compile(caplog):
     model = tiny_model(max_seq_len=3)
     compile_model(model)
     assert not model.compiled.layers
+    assert not caplog.records
     assert llama(model).generate([[1, 2]], 5, 0) == llama(tiny_model(max_seq_len=3)).generate([[1, 2]], 5, 0)
+
+
+def test_layers_that_are_not_alike_run_as_they_are():
+    """One of them, compiled, could not serve as all."""
+    model = compiled_model()
+    expected = steps(model, 5, 20)
+    weight = model.layers[1].feed_forward.w1.weight
+    model.layers[1].feed_forward.w1.weight = torch.nn.Parameter(weight.detach().T.contiguous().T)  # other strides
+    assert (steps(model, 5, 20) - expected).abs().max() < 1e-4
+    assert not model.compiled.layers
+
+
+def test_under_autocast_steps_run_as_they_are():
+    model, plain = compiled_model(), tiny_model()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(steps(model, 5, 20), steps(plain, 5, 20))

@@ -32,7 +32,7 @@ def test_a_single_process():
     assert distributed.broadcast_flag(True) is True
     assert distributed.broadcast_flag(False) is False
     value = object()
-    assert distributed.object_broadcaster()(value) is value
+    assert distributed.broadcast_object(value) is value
     assert not dist.is_initialized()
 
 
@@ -194,9 +194,8 @@ def use_waits():
     assert [distributed.broadcast_flag(rank == first) for first in (0, 1)] == [True, False]
     parts = distributed.gather(torch.tensor([rank, 7], device="cpu").flip(0))
     assert [part.tolist() for part in parts] == ([[7, 0], [7, 1]] if rank == 0 else [])
-    broadcast_object = distributed.object_broadcaster()
-    assert broadcast_object({"rank": rank}) == {"rank": 0}
-    assert broadcast_object(rank) == 0
+    assert distributed.broadcast_object({"rank": rank}) == {"rank": 0}
+    assert distributed.broadcast_object(rank) == 0
 
     def raised_by(error):
         try:

@@ -6,8 +6,9 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_model
-from test_mixed_devices import fake_cuda, on_cuda
+from fake_gpu import fake_gpu, on_gpu
 
 from llama.fast_kernels import CUDNN_ATTENTION, NATIVE_IS_FAST, ONEDNN, Switch, fast_kernels
 
@@ -93,20 +94,23 @@ def test_one_or_two_rows_in_16_bits_are_multiplied_without_onednn():
 @torch.no_grad()
 def test_attention_on_a_gpu_is_never_that_of_cudnn(monkeypatch):
     seen = []
-    attention = torch.nn.functional.scaled_dot_product_attention
 
-    def look(*arguments, **options):
-        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
-        return attention(*arguments, **options)
+    def look(function):
+        def attention(*arguments, **options):
+            seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+            return function(*arguments, **options)
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", look)
+        return attention
+
     assert torch.backends.cuda.cudnn_sdp_enabled()
-    with fake_cuda():
-        model = on_cuda(torch.bfloat16)
+    with fake_gpu(), monkeypatch.context() as patch:
+        model = on_gpu(torch.bfloat16)
+        patch.setattr(F, "scaled_dot_product_attention", look(F.scaled_dot_product_attention))
         tokens = torch.zeros(2, 12, dtype=torch.long, device="cuda")
         for call in ((tokens, 0), (tokens[:, :1], 12), (tokens[:, :4], 13), (tokens, None)):
             model.forward(*call)
     assert seen == [False] * 4 * model.n_layers
     assert torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", look(F.scaled_dot_product_attention))
     tiny_model().forward(torch.zeros(1, 4, dtype=torch.long))
     assert seen[4 * model.n_layers :] == [True] * model.n_layers

@@ -8,14 +8,13 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama import Llama, Transformer, positions
-from llama import model as model_module
 from llama.positions import fixed_end, lay_out_positions, rotations_on
 
 
 @pytest.fixture
 def fixed_steps(monkeypatch):
     """Steps have a fixed shape."""
-    monkeypatch.setattr(model_module, "has_fixed_steps", lambda device: True)
+    monkeypatch.setattr(positions, "FIXED_STEPS_ON", ("cpu",))
 
 
 @given(end=st.integers(1, 200_000), limit=st.integers(1, 200_000))
@@ -54,7 +53,7 @@ def test_the_same_tokens_as_ordinary_steps(changes):
         options = {"temperature": temperature, "seed": 4, "logprobs": True}
         expected, expected_logprobs = call(model, prompts, n_new, **options)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(model_module, "has_fixed_steps", lambda device: True)
+            patch.setattr(positions, "FIXED_STEPS_ON", ("cpu",))
             patch.setattr(positions, "SHORTEST_END", 16)
             tokens, logprobs = call(model, prompts, n_new, **options)
         assert tokens == expected
@@ -82,7 +81,7 @@ def test_the_same_with_every_option(options, fixed_steps):
         options = {"temperature": 0, **options}
         tokens = call(model, [prompt], 60, **options)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(model_module, "has_fixed_steps", lambda device: False)
+            patch.setattr(positions, "FIXED_STEPS_ON", ())
             assert tokens == call(plain, [prompt], 60, **options)
 
 
@@ -116,14 +115,15 @@ def test_what_a_mask_hides_does_not_count(fixed_steps):
     assert call(model, prompts, 20, temperature=0) == call(fresh, prompts, 20, temperature=0)
 
 
-def test_nothing_is_left_in_the_cache_of_numbers_that_are_not_finite(fixed_steps):
+@pytest.mark.parametrize("options", [{}, {"logits_processor": lambda tokens, logits: logits}], ids=["", "processed"])
+def test_nothing_is_left_in_the_cache_of_numbers_that_are_not_finite(options, fixed_steps):
     model, fresh = tiny_model(), tiny_model()
     weight = model.layers[0].attention.wv.weight
     with torch.no_grad():
         sound = weight.clone()
         weight.fill_(torch.inf)
     with pytest.raises(ArithmeticError):
-        call(model, [list(range(3, 90))], 5, temperature=0)
+        call(model, [list(range(3, 90))], 5, temperature=0, **options)
     with torch.no_grad():
         weight.copy_(sound)
     assert call(model, [[5, 6, 7]], 20, temperature=0) == call(fresh, [[5, 6, 7]], 20, temperature=0)

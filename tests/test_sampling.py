@@ -6,7 +6,7 @@ from conftest import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama import sampling
+from llama import positions
 from llama.sampling import keep_top_k, sample, sample_top_p, sampling_probs, token_logprobs
 
 
@@ -196,7 +196,7 @@ def test_a_gpu_samples_the_same_without_a_wait_for_the_device(rows, vocab_size, 
     generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
     expected = sample_top_p(probs, p, generator=generators[0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "has_fixed_steps", lambda device: True)
+        patch.setattr(positions, "FIXED_STEPS_ON", ("cpu",))
         patch.setattr(torch, "multinomial", None)
         assert torch.equal(sample_top_p(probs, p, generator=generators[1]), expected)
     assert torch.equal(generators[0].get_state(), generators[1].get_state())

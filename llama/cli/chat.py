@@ -10,13 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from llama.chat_format import ChatFormat
 from llama.cli.build import build_llama
 from llama.cli.terminal import Keyboard, escape_control_characters, print_piece
 from llama.dialog import Dialog, Message, check_dialog
-from llama.distributed import is_first_rank, object_broadcaster
+from llama.distributed import broadcast_object, is_first_rank
 from llama.errors import InputError
 from llama.files import require_file, writable_file, write_whole
 from llama.generation import Llama
@@ -100,18 +100,17 @@ def chat(
         ckpt_dir, tokenizer_path, max_seq_len, dtype, seed, chat_format, quantize=quantize, compile=compile
     )
     formatter = cast(ChatFormat, llama.formatter)  # raises InputError if the model has no chat format
-    broadcast_object = object_broadcaster()
     if not is_first_rank():
         while (request := broadcast_object(None)) is not None:
             try:
-                answer(llama, request, broadcast_object, lambda: False)
+                answer(llama, request, lambda: False)
             except (InputError, ArithmeticError):
                 continue  # the first process reports it
         return
     try:
         with Keyboard() as keyboard:
             settings = ChatRequest([], temperature, top_p, max_gen_len)
-            conversation = Conversation(llama, formatter, keyboard, broadcast_object, settings)
+            conversation = Conversation(llama, formatter, keyboard, settings)
             if system is not None:
                 conversation.execute(f"/system {system}")
             conversation.run()
@@ -119,12 +118,7 @@ def chat(
         broadcast_object(None)
 
 
-def answer(
-    llama: Llama,
-    request: ChatRequest,
-    broadcast_object: Callable[[Any], Any],
-    interrupted: Callable[[], bool],
-) -> Answer:
+def answer(llama: Llama, request: ChatRequest, interrupted: Callable[[], bool]) -> Answer:
     """Print a model's answer while it is generated, to its end or until `interrupted()`, which is called per piece.
 
     Every process takes the same pieces, and stops at the same one whatever goes wrong on the first, so that the next
@@ -162,21 +156,12 @@ class Conversation:
         llama: the model.
         formatter: its chat format.
         keyboard: where the user's messages and commands come from.
-        broadcast_object: gives an object to all processes.
         settings: the options of every request; its dialog is not used.
     """
 
-    def __init__(
-        self,
-        llama: Llama,
-        formatter: ChatFormat,
-        keyboard: Keyboard,
-        broadcast_object: Callable[[Any], Any],
-        settings: ChatRequest,
-    ) -> None:
+    def __init__(self, llama: Llama, formatter: ChatFormat, keyboard: Keyboard, settings: ChatRequest) -> None:
         self.llama, self.formatter = llama, formatter
-        self.keyboard, self.broadcast_object = keyboard, broadcast_object
-        self.settings = settings
+        self.keyboard, self.settings = keyboard, settings
         self.dialog: list[Message] = []
         self.last_answer: Answer | None = None
         self.used_tokens = 0  # tokens in the context after the last answer
@@ -214,9 +199,9 @@ class Conversation:
         answered = False
         try:
             request = self.settings._replace(dialog=self.visible_dialog())
-            self.broadcast_object(request)
+            broadcast_object(request)
             try:
-                reply = answer(self.llama, request, self.broadcast_object, self.keyboard.interrupted)
+                reply = answer(self.llama, request, self.keyboard.interrupted)
             finally:
                 print(flush=True)
             answered = bool(reply.text)

@@ -9,7 +9,7 @@ import torch
 from llama.chat_format import ChatFormat, TemplateFormat
 from llama.checkpoint import Checkpoint, open_checkpoint, parameter_count, read_settings
 from llama.checkpoint.gguf import open_parts
-from llama.checkpoint.memory import LLAMA2_VOCAB_SIZE, cache_bytes, free_host_memory, weight_bytes
+from llama.checkpoint.memory import LLAMA2_VOCAB_SIZE, cache_bytes, free_memory, weight_bytes
 from llama.default_model import default_checkpoint
 from llama.device import default_dtype, dtype_name, dtype_named
 from llama.errors import CheckpointError, InputError, MissingFileError
@@ -176,13 +176,13 @@ def describe_machine(device: torch.device, process_bytes: int, nproc: int) -> st
         nproc: number of processes.
     """
     if device.type == "cuda":
-        free_bytes = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
+        free_bytes = [free_memory(torch.device("cuda", i)) or 0 for i in range(torch.cuda.device_count())]
         fits = nproc <= len(free_bytes) and all(process_bytes <= free for free in free_bytes[:nproc])
         listed = ", ".join(f"{free / 1e9:.2f}" for free in free_bytes)
         return f"{listed} GB free on its GPUs: " + ("it fits" if fits else "it does not fit")
-    free_memory = free_host_memory()
-    if free_memory is None:
+    free = free_memory(device)
+    if free is None:
         return "its free memory is unknown"
     needed = process_bytes * nproc
-    verdict = "it fits" if needed <= free_memory else f"it does not fit: {needed / 1e9:.2f} GB are needed"
-    return f"{free_memory / 1e9:.2f} GB free, no GPU: {verdict}"
+    verdict = "it fits" if needed <= free else f"it does not fit: {needed / 1e9:.2f} GB are needed"
+    return f"{free / 1e9:.2f} GB free, no GPU: {verdict}"
