@@ -93,7 +93,7 @@ class Llama:
             device: "cuda", "cpu", "mps"; None for CUDA if there is one, else the CPU.
             dtype: of weights and cache; None for `llama.device.default_dtype`.
             quantize: "int8" or "int4" keeps the matrices in so many bits: see `llama.quantized`.
-            compile: run decoding steps of one row in compiled form: see `llama.compiled`.
+            compile: run decoding steps in a faster form: see `llama.compiled`, and `llama.captured` for CUDA.
 
         Raises:
             MissingFileError: no such folder or file, or no checkpoint in it.
