@@ -33,7 +33,7 @@ def main() -> int:
         command.add_argument("--dry", action="store_true", help="try it out on the CPU, with tiny models")
         command.add_argument("--out", type=Path, metavar="FILE", help="write all values there, as JSON")
         command.add_argument("--wheels", type=Path, metavar="FOLDER", help="import packages from these wheels")
-        command.add_argument("--only", default="", metavar="TEXT", help="only checks with this in their names")
+        command.add_argument("--only", nargs="*", metavar="TEXT", help="only checks with one of these in their names")
         command.add_argument("--child", nargs=2, metavar=("FIRST", "DEADLINE"), help=argparse.SUPPRESS)
     commands.add_parser("count")
     command = commands.add_parser("wheels")
@@ -56,15 +56,17 @@ def main() -> int:
     if options.child:
         first, deadline = options.child
         checks = importlib.import_module(f"cuda_{options.command}").CHECKS
-        run_checks([check for check in checks if options.only in check.name], int(first), options.dry, float(deadline))
+        wanted = [""] if options.only is None else options.only
+        chosen = [check for check in checks if any(text in check.name for text in wanted)]
+        run_checks(chosen, int(first), options.dry, float(deadline))
         return 0
     report = Report(options.command, options.dry, options.out)
     with tempfile.TemporaryDirectory(prefix="cuda-acceptance-") as target:
         if options.wheels is not None:
             install_wheels(options.wheels, Path(target))
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        child = [sys.executable, sys.argv[0], options.command, *["--dry"] * options.dry, "--only", options.only]
-        supervise(report, [*child, "--child"], SECONDS)
+        # The same command again, by a second process.
+        supervise(report, [sys.executable, *sys.argv, "--child"], SECONDS)
     print(f"\n{report.table()}", flush=True)
     return 0 if report.passed else 1
 

@@ -1,19 +1,16 @@
-"""Random models of published shapes, or tiny ones, for the checks of `cuda_acceptance.py`."""
+"""What the checks of `cuda_acceptance.py` share: random models, of published shapes or tiny, and comparisons."""
 
 import base64
-import contextlib
 import copy
 import itertools
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from cuda_report import Context
+from cuda_report import Context, require
 
-import llama.model
-import llama.sampling
+import llama.positions
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint import Checkpoint, Settings, parameter_shapes, save_checkpoint
 from llama.decoding import decode, prefill
@@ -37,6 +34,9 @@ DRY_SIZES: dict[str, dict[str, Any]] = {  # what takes their place on a CPU
 }
 # Standard deviations of the weights. Those of the tiny model are so large that every part of it matters.
 STD = {"tiny": 0.2, "1B": 0.02, "8B": 0.02}
+
+TOLERANCE = 1e-4  # of logits and logprobs in float32
+ROUNDING = 0.02  # of a vector in bfloat16, as a fraction of its length
 
 
 class IdTokenizer:
@@ -114,8 +114,8 @@ def prepare(context: Context) -> torch.device:
 
 def use_fixed_steps() -> None:
     """Have decoding steps and sampling do on every device what they do on a GPU."""
-    for module in (llama.model, llama.sampling):
-        setattr(module, "has_fixed_steps", lambda device: True)  # noqa: B010 - mypy knows that it is another's
+    positions: Any = llama.positions
+    positions.FIXED_STEPS_ON = ("cuda", "cpu", "meta")
 
 
 def random_model(
@@ -181,28 +181,15 @@ def capture_steps(model: Transformer) -> None:
             raise AssertionError(f"steps on {model.norm.weight.device} are not captured, but {model.compiled!r}")
 
 
-@contextlib.contextmanager
-def count_replays() -> Iterator[list[int]]:
-    """A list to which each replay of a CUDA graph is added within the block."""
-    replays: list[int] = []
-    graph: Any = torch.cuda.CUDAGraph
-    replay = graph.replay
-
-    def count(self: Any) -> None:
-        replays.append(1)
-        replay(self)
-
-    graph.replay = count
-    try:
-        yield replays
-    finally:
-        graph.replay = replay
-
-
 def random_prompts(lengths: Iterable[int], vocab_size: int, seed: int = 0) -> list[list[int]]:
     """Prompts of these lengths."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def prompts_for(model: Transformer, lengths: Sequence[int] = (40, 5, 17)) -> list[list[int]]:
+    """Prompts of different lengths."""
+    return random_prompts(lengths, model.params.vocab_size)
 
 
 def logits_of_steps(model: Transformer, prompts: list[list[int]], answers: list[list[int]]) -> torch.Tensor:
@@ -228,34 +215,23 @@ def logits_of_steps(model: Transformer, prompts: list[list[int]], answers: list[
     return torch.stack(seen)
 
 
-@contextlib.contextmanager
-def no_waits(device: torch.device) -> Iterator[None]:
-    """Within the block, an operation for which the host waits for the GPU raises an error."""
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+def same(name: str, ours: object, theirs: object) -> None:
+    """Raise AssertionError unless both are the same."""
+    require(ours == theirs, f"{name}: {ours!r:.200} is not {theirs!r:.200}")
 
 
-@contextlib.contextmanager
-def count_waits(device: torch.device) -> Iterator[list[str]]:
-    """A list to which each operation is added, within the block, for which the host waits for the GPU."""
-    waits: list[str] = []
-    if device.type != "cuda":
-        yield waits
-        return
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield waits
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    waits += [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+def close(name: str, ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = TOLERANCE) -> float:
+    """The largest difference of two tensors; AssertionError if it is larger than the tolerance."""
+    error = float((ours.detach().cpu().double() - theirs.detach().cpu().double()).abs().max())
+    require(error <= tolerance, f"{name}: {error} is more than {tolerance}")  # nor is NaN accepted
+    return error
+
+
+def within(name: str, ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = ROUNDING) -> float:
+    """How far two tensors are apart, as a fraction of their size; AssertionError if it is more than the tolerance."""
+    error = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
+    require(error <= tolerance, f"{name}: {error} of its size is more than {tolerance}")
+    return error
 
 
 def write_tokenizer(path: Path) -> None:

@@ -110,9 +110,9 @@ def run_checks(checks: Sequence[Check], first: int, dry: bool, deadline: float) 
 def free_device_memory() -> bool:
     """Free what the last check has left in the GPU's memory; False if this process can't use the GPU any more."""
     torch = sys.modules.get("torch")
-    gc.collect()
     if torch is None or not torch.cuda.is_initialized():
         return True
+    gc.collect()
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

@@ -49,14 +49,15 @@ def test_each_command_runs_to_its_end_without_a_gpu(tmp_path, command, n_checks,
 
 
 def test_a_fault_of_the_library_fails_its_check_and_no_other(tmp_path):
-    """The sampling that replaces torch.multinomial's takes the least likely token here."""
+    """Sampling forgets top-p here."""
     broken = tmp_path / "broken.py"
     broken.write_text(
         f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
         "import cuda_acceptance\n"
         "if '--child' in sys.argv:\n"
         "    import llama.sampling\n"
-        "    llama.sampling.multinomial = lambda probs, generator: probs.argmin(dim=-1, keepdim=True)\n"
+        "    original = llama.sampling.sample_top_p\n"
+        "    llama.sampling.sample_top_p = lambda probs, p, generator=None: original(probs, 1, generator=generator)\n"
         "sys.exit(cuda_acceptance.main())\n"
     )
     out = tmp_path / "out.json"
@@ -64,7 +65,7 @@ def test_a_fault_of_the_library_fails_its_check_and_no_other(tmp_path):
     assert result.returncode == 1
     checks = checks_of(out)
     sampled = checks["sampled tokens beside torch.multinomial's"]
-    assert (sampled["status"], "random state" in sampled["detail"]) == ("failed", True)
+    assert (sampled["status"], "mismatches" in sampled["detail"]) == ("failed", True)
     assert checks["stop tokens and strings"]["status"] == checks["streams"]["status"] == "passed"
     assert result.stdout.endswith("\n2 passed, 1 failed, 0 skipped\n")
     assert json.loads(out.read_text())["passed"] is False
@@ -149,11 +150,9 @@ def test_wheels_are_imported_first(tmp_path, benchmarks, monkeypatch):
 def test_counts_of_a_step(benchmarks, monkeypatch):
     import cuda_count
 
-    import llama.model
-    import llama.sampling
+    import llama.positions
 
-    for module in (llama.model, llama.sampling):  # which counting changes
-        monkeypatch.setattr(module, "has_fixed_steps", module.has_fixed_steps)
+    monkeypatch.setattr(llama.positions, "FIXED_STEPS_ON", llama.positions.FIXED_STEPS_ON)  # which counting changes
     sizes = {"dim": 256, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 512, "vocab_size": 1000}
     two, three = (cuda_count.count_step(sizes | {"n_layers": n}, context=127) for n in (2, 3))
     matrices = 2 * 256 * 256 + 2 * 128 * 256 + 3 * 256 * 512  # wq, wo; wk, wv; w1, w2, w3
@@ -172,3 +171,7 @@ def test_counts_of_a_step(benchmarks, monkeypatch):
     sampled = cuda_count.count_step(sizes, context=127, temperature=0.6)
     assert sampled.needed == three.needed
     assert sampled.kernels["sort"] == sampled.kernels["exponential_"] == 1
+    # docs/cuda.md shows what `python benchmarks/cuda_acceptance.py count` prints.
+    step = cuda_count.count_step(cuda_count.SIZES["8B"])
+    row = f"| 8B | 1 | 128 | {step.n_kernels} | {step.n_views} | {step.needed / 1e9:.2f}, "
+    assert row in (ROOT / "docs" / "cuda.md").read_text()
