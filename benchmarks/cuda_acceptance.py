@@ -17,8 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cuda_report import Report, run_checks, supervise
-from cuda_wheels import install_wheels, make_wheels
+from on_cuda.report import Report, run_checks, supervise
+from on_cuda.wheels import install_wheels, make_wheels
 
 SECONDS = 570.0  # of a command, so that it also ends in time where 10 minutes are the limit
 COMMANDS = ("correctness", "processes", "speed")
@@ -43,11 +43,11 @@ def main() -> int:
     if options.command == "wheels":
         make_wheels(options.folder, options.python_version)
         return 0
-    # The library is imported from its folder, by this process and those that it starts.
-    root = str(Path(__file__).resolve().parent.parent)
-    sys.path.insert(0, root)
+    # The library and the checks are imported from their folders, by this process and those that it starts.
+    folder = Path(__file__).resolve().parent
+    sys.path.insert(0, str(folder.parent))
     if options.command == "count":
-        from cuda_count import print_counts
+        from on_cuda.count import print_counts
 
         print_counts()
         return 0
@@ -55,7 +55,7 @@ def main() -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU, even if there is a GPU
     if options.child:
         first, deadline = options.child
-        checks = importlib.import_module(f"cuda_{options.command}").CHECKS
+        checks = importlib.import_module(f"on_cuda.{options.command}").CHECKS
         wanted = [""] if options.only is None else options.only
         chosen = [check for check in checks if any(text in check.name for text in wanted)]
         run_checks(chosen, int(first), options.dry, float(deadline))
@@ -64,7 +64,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="cuda-acceptance-") as target:
         if options.wheels is not None:
             install_wheels(options.wheels, Path(target))
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        paths = (str(folder.parent), str(folder), os.environ.get("PYTHONPATH"))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         # The same command again, by a second process.
         supervise(report, [sys.executable, *sys.argv, "--child"], SECONDS)
     print(f"\n{report.table()}", flush=True)

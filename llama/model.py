@@ -19,7 +19,7 @@ from torch import nn
 from llama.distributed import model_parallel_size
 from llama.errors import InputError
 from llama.fast_kernels import fast_kernels
-from llama.fused import attention, multiply_complex
+from llama.fused import attention, multiply_complex, normalize
 from llama.kv_cache import KVCache, LayerCache
 from llama.model_args import ModelArgs, feed_forward_size
 from llama.parallel import (
@@ -44,8 +44,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
-        return normed.type_as(x) * self.weight  # not in float32 any more, as in the reference
+        return normalize(x, self.eps) * self.weight  # not in float32 any more, as in the reference
 
 
 def precompute_freqs_cis(

@@ -77,7 +77,7 @@ def test_whatever_a_check_does_the_others_run(tmp_path):
     program.write_text(
         f"import os, sys, time; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
         "from pathlib import Path\n"
-        "from cuda_report import *\n"
+        "from on_cuda.report import *\n"
         "def fail(context):\n"
         "    context.record('so far', 0.123456, 'ms', limit=2)\n"
         "    require(1 > 2, 'one is | less')\n"
@@ -115,7 +115,7 @@ def test_whatever_a_check_does_the_others_run(tmp_path):
 
 
 def test_a_program_that_can_not_start_has_failed(tmp_path, benchmarks):
-    from cuda_report import Report, supervise
+    from on_cuda.report import Report, supervise
 
     report = Report("all", False, None)
     supervise(report, [sys.executable, "-c", "import sys; sys.exit(3)"], 100)
@@ -124,7 +124,7 @@ def test_a_program_that_can_not_start_has_failed(tmp_path, benchmarks):
 
 
 def test_wheels_are_of_what_is_needed_beside_torch(benchmarks):
-    from cuda_wheels import PACKAGES, requirements
+    from on_cuda.wheels import PACKAGES, requirements
 
     brought, needed = requirements(("torch",), "3.12"), requirements(PACKAGES, "3.12")
     assert {"torch", "jinja2", "sympy"} <= brought
@@ -132,7 +132,7 @@ def test_wheels_are_of_what_is_needed_beside_torch(benchmarks):
 
 
 def test_wheels_are_imported_first(tmp_path, benchmarks, monkeypatch):
-    from cuda_wheels import install_wheels
+    from on_cuda.wheels import install_wheels
 
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("PYTHONPATH", "before")
@@ -148,19 +148,19 @@ def test_wheels_are_imported_first(tmp_path, benchmarks, monkeypatch):
 
 
 def test_counts_of_a_step(benchmarks, monkeypatch):
-    import cuda_count
+    import on_cuda.count
 
     import llama.positions
 
     monkeypatch.setattr(llama.positions, "FIXED_STEPS_ON", llama.positions.FIXED_STEPS_ON)  # which counting changes
     sizes = {"dim": 256, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 512, "vocab_size": 1000}
-    two, three = (cuda_count.count_step(sizes | {"n_layers": n}, context=127) for n in (2, 3))
+    two, three = (on_cuda.count.count_step(sizes | {"n_layers": n}, context=127) for n in (2, 3))
     matrices = 2 * 256 * 256 + 2 * 128 * 256 + 3 * 256 * 512  # wq, wo; wk, wv; w1, w2, w3
     cache = 2 * 2 * 128 * 64  # keys and values of 2 heads, at 128 positions, of 64 features
     assert three.needed - two.needed == 2 * (matrices + 2 * 256 + cache)
     assert two.needed == 2 * (2 * (matrices + 2 * 256 + cache) + 256 + 1000 * 256)  # the embedding is not read whole
     assert three.kernels["mm"] - two.kernels["mm"] == 7
-    assert three.kernels[cuda_count.ATTENTION] == three.blocks + 1 == 3
+    assert three.kernels[on_cuda.count.ATTENTION] == three.blocks + 1 == 3
     assert three.n_kernels - two.n_kernels <= 30
     assert sum(three.moved.values()) > three.needed
     # With less bandwidth everything takes longer; a step can't be faster than its weights are read.
@@ -168,10 +168,10 @@ def test_counts_of_a_step(benchmarks, monkeypatch):
         assert counts.floor(1e9) < counts.captured(1e9) <= counts.uncaptured(1e9)
         assert counts.captured(1e12) < counts.captured(1e9)
         assert counts.uncaptured(1e12) == counts.host()
-    sampled = cuda_count.count_step(sizes, context=127, temperature=0.6)
+    sampled = on_cuda.count.count_step(sizes, context=127, temperature=0.6)
     assert sampled.needed == three.needed
     assert sampled.kernels["sort"] == sampled.kernels["exponential_"] == 1
     # docs/cuda.md shows what `python benchmarks/cuda_acceptance.py count` prints.
-    step = cuda_count.count_step(cuda_count.SIZES["8B"])
+    step = on_cuda.count.count_step(on_cuda.count.SIZES["8B"])
     row = f"| 8B | 1 | 128 | {step.n_kernels} | {step.n_views} | {step.needed / 1e9:.2f}, "
     assert row in (ROOT / "docs" / "cuda.md").read_text()

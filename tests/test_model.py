@@ -196,6 +196,15 @@ def test_model_args_order_and_defaults():
         ModelArgs(64, 1, 4, 2, 300, 32, 1.5, 1e-6, 10000.0, 3, 17, True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rms_norm_of_16_bits_is_computed_in_float32(dtype):
+    norm = RMSNorm(64, eps=1e-5).to(dtype)
+    for size in (0.01, 1, 100):
+        x = (size * torch.randn(40, 64)).to(dtype)
+        expected = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)).to(dtype)
+        assert torch.equal(norm(x), expected)
+
+
 def test_rms_norm():
     norm = RMSNorm(8, eps=0.1)
     torch.nn.init.uniform_(norm.weight)

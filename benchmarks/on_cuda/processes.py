@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from cuda_models import answering, copy_to, prepare, random_model, write_tokenizer
-from cuda_report import Check, Context, Skipped, require
 from fairscale.nn.model_parallel import initialize as groups
 
 from llama import Llama, Tokenizer
 from llama.checkpoint import save_checkpoint
+from on_cuda.models import answering, copy_to, prepare, random_model, write_tokenizer
+from on_cuda.report import Check, Context, Skipped, require
 
 PROMPTS = ("The quick brown fox", "The")
 DIALOG: Any = [{"role": "user", "content": "Who are you?"}]

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cuda_models import (
+from torch import nn
+
+from llama import Transformer
+from llama.decoding import decode, prefill
+from llama.positions import fixed_end
+from llama.sampling import sample
+from on_cuda.models import (
     answering,
     capture_steps,
     copy_to,
@@ -23,13 +29,7 @@ from cuda_models import (
     random_prompts,
     same,
 )
-from cuda_report import Check, Context, Skipped, require
-from torch import nn
-
-from llama import Transformer
-from llama.decoding import decode, prefill
-from llama.positions import fixed_end
-from llama.sampling import sample
+from on_cuda.report import Check, Context, Skipped, require
 
 
 @contextlib.contextmanager

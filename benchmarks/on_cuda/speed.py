@@ -11,8 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from cuda_count import BANDWIDTHS, count_step
-from cuda_models import (
+
+from llama import Llama, ModelArgs, Transformer
+from llama.checkpoint import load_model, open_checkpoint, parameter_count, save_checkpoint
+from llama.decoding import decode, prefill
+from llama.sampling import sample, token_logprobs
+from on_cuda.count import BANDWIDTHS, count_step
+from on_cuda.models import (
     DRY_SIZES,
     SIZES,
     RandomCheckpoint,
@@ -21,12 +26,7 @@ from cuda_models import (
     random_prompts,
     without_end,
 )
-from cuda_report import Check, Context, require
-
-from llama import Llama, ModelArgs, Transformer
-from llama.checkpoint import load_model, open_checkpoint, parameter_count, save_checkpoint
-from llama.decoding import decode, prefill
-from llama.sampling import sample, token_logprobs
+from on_cuda.report import Check, Context, require
 
 SHARE_OF_LIMIT = 0.75  # of the bandwidth, that a captured step of 8B reaches at batch 1 and context 128
 SECONDS_FOR_COMPILING = 60  # that transformers may need for one more shape

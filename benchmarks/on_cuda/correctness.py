@@ -5,7 +5,13 @@ import sys
 from typing import Any
 
 import torch
-from cuda_models import (
+
+from llama import Llama, Transformer
+from llama.checkpoint import load_model, open_checkpoint, save_checkpoint
+from llama.decoding import prefill
+from llama.quantized import QuantizedWeight
+from llama.sampling import sample, sample_top_p
+from on_cuda.models import (
     TOLERANCE,
     RandomCheckpoint,
     answering,
@@ -21,14 +27,8 @@ from cuda_models import (
     same,
     within,
 )
-from cuda_report import Check, Context, require
-from cuda_steps import CHECKS_OF_STEPS, SANITIZER, compare_captured
-
-from llama import Llama, Transformer
-from llama.checkpoint import load_model, open_checkpoint, save_checkpoint
-from llama.decoding import prefill
-from llama.quantized import QuantizedWeight
-from llama.sampling import sample, sample_top_p
+from on_cuda.report import Check, Context, require
+from on_cuda.steps import CHECKS_OF_STEPS, SANITIZER, compare_captured
 
 
 def describe_machine(context: Context) -> None:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from cuda_models import SIZES, use_fixed_steps
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from llama import ModelArgs, Transformer
 from llama.positions import fixed_end
 from llama.sampling import sample
+from on_cuda.models import SIZES, use_fixed_steps
 
 # Bytes a second, by the data sheets, for what the GPUs call themselves.
 BANDWIDTHS = {"H200": 4.8e12, "H100 80GB HBM3": 3.35e12, "A100-SXM4-80GB": 2.0e12}

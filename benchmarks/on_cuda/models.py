@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cuda_report import Context, require
 
 import llama.positions
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint import Checkpoint, Settings, parameter_shapes, save_checkpoint
 from llama.decoding import decode, prefill
+from on_cuda.report import Context, require
 
 TINY: dict[str, Any] = {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 192, "vocab_size": 512}
 SIZES: dict[str, dict[str, Any]] = {
