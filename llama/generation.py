@@ -104,6 +104,7 @@ class Llama:
         begin = time.monotonic()
         check_number("max_seq_len", max_seq_len, 1, integer=True)
         check_number("max_batch_size", max_batch_size, 1, integer=True)
+        check_number("seed", seed, -(2**63), 2**64 - 1, integer=True)  # as torch.manual_seed takes it
         if dtype not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
             raise InputError(f"dtype={dtype!r} must be torch.bfloat16, float16, float32 or float64")
         check_quantize(quantize, dtype)

@@ -1,12 +1,15 @@
 """The options of a call besides temperature and top_p: what each does, and which values are refused."""
 
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import CachelessBeams, ScriptedModel, ScriptedTokenizer, tiny_model
 
 from llama import Llama
+from llama.errors import InputError
 from llama.sampling import sample
 from llama.sampling_params import SamplingParams
 
@@ -215,7 +218,10 @@ REFUSED = [
     ({"stop": ["a", 5]}, "stop=.* must be a string"),
     ({"stop": 5}, "stop=5 must be a string or list of strings"),
     ({"seed": 2**64}, "seed=18446744073709551616 must be a whole number between 0 and 18446744073709551615"),
+    ({"seed": -1}, "seed=-1 must be a whole number between 0 and 18446744073709551615"),
     ({"seed": "one"}, "seed='one' must be a whole number"),
+    ({"seed": 1.0}, r"seed=1\.0 must be a whole number"),
+    ({"seed": True}, "seed=True must be a whole number"),
     ({"logits_processor": 3}, "logits_processor=3 must be a function"),
     ({"num_beams": 2, "temperature": 1.0}, "num_beams=2 searches for the likeliest answer and samples nothing"),
     ({"num_beams": 2, "top_k": 5}, "top_k=5 means nothing: leave it out"),
@@ -250,3 +256,21 @@ def test_the_defaults_are_the_reference_s():
     assert (params.num_beams, params.num_return_sequences, params.top_k, params.seed) == (1, 1, None, None)
     assert params.stop_strings == ()
     assert SamplingParams(5, 0, 0.5, True, True, stop="x").stop_strings == ("x",)
+
+
+# The seed of a model
+
+
+@pytest.mark.parametrize("seed", [None, "x", "1", 2**64, -(2**63) - 1, 1.0, True, math.nan])
+def test_a_seed_is_checked_before_anything_is_loaded(monkeypatch, seed):
+    monkeypatch.setattr("llama.generation.open_checkpoint", None)
+    with pytest.raises(InputError, match=f"seed={re.escape(repr(seed))} must be a whole number between -9223372036854"):
+        Llama.build("/nowhere", None, 8, 1, seed=seed)
+
+
+@pytest.mark.parametrize("seed", [0, -1, -(2**63), 2**64 - 1, np.int64(7)])
+def test_every_seed_that_torch_takes_is_taken(tiny_checkpoint, seed):
+    llama = Llama.build(tiny_checkpoint, None, 64, 1, seed=seed, dtype=torch.float32)
+    (first,) = llama.text_completion(["the user"], 1.0, 1.0, 8)
+    torch.manual_seed(seed)
+    assert llama.text_completion(["the user"], 1.0, 1.0, 8) == [first]
