@@ -1,11 +1,11 @@
 """The command `llama`: chat with, complete with, inspect, convert, fine-tune and measure models from a terminal."""
 
-import importlib.metadata
 import sys
 from pathlib import Path
 
 from llama.cli import run
 from llama.cli.command_line import LazyCommand
+from llama.cli.terminal import exit_at_once, on_ctrl_c
 
 COMMANDS = {
     "chat": LazyCommand("llama.cli.chat", "chat", "Talk with a model. In the conversation, /help lists the commands."),
@@ -42,7 +42,10 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"  # only in a clone of t
 
 
 def main() -> None:
+    on_ctrl_c(exit_at_once)  # until `run` calls the command: its imports take over a second
     if sys.argv[1:2] == ["--version"]:
+        import importlib.metadata
+
         print(f"llama {importlib.metadata.version('llama')}")
         return
     commands = COMMANDS

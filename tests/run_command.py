@@ -3,6 +3,7 @@ takes. Only its log messages don't reach standard error, since pytest collects t
 
 import importlib.util
 import io
+import signal
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -63,11 +64,14 @@ class Runner:
         """Call a function that ends as a program does: by returning, or by SystemExit."""
         self.monkeypatch.setattr(sys, "stdin", stdin if isinstance(stdin, Stdin) else Stdin(stdin.encode()))
         self.capsys.readouterr()
+        on_ctrl_c = signal.getsignal(signal.SIGINT)  # which a program sets until its process ends
         code: object = 0
         try:
             program()
         except SystemExit as exit_request:
             code = exit_request.code
+        finally:
+            signal.signal(signal.SIGINT, on_ctrl_c)
         printed = self.capsys.readouterr()
         if isinstance(code, str):  # Python would print it
             return Finished(1, printed.out, printed.err + code + "\n")

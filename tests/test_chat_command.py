@@ -12,6 +12,8 @@ import pytest
 import torch
 from chat_templates import Style, write_folder
 from conftest import ROOT, tiny_model, write_llama2_tokenizer, write_llama3_tokenizer, write_meta_checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
 from run_command import Runner
 
 from llama import Llama, Tokenizer
@@ -157,6 +159,46 @@ def test_keys_during_an_answer_begin_the_next_message(endless):
     assert terminal.leave("\x04") == 0
 
 
+TYPING = """
+import time
+from llama.cli.terminal import Keyboard
+with Keyboard() as keyboard:
+    while True:
+        print("message:", ascii(keyboard.read_message()), flush=True)
+        end, stopped = time.monotonic() + 0.2, False
+        while time.monotonic() < end and not stopped:
+            time.sleep(0.01)
+            stopped = keyboard.interrupted()
+        print("stopped" if stopped else "answered", flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_lines_typed_ahead_are_messages_of_their_own():
+    """As they would be if they were typed later; with a program that only waits in the place of a model."""
+    import pexpect
+
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
+    process = pexpect.spawn(
+        sys.executable, ["-c", TYPING], env=environment, encoding="utf-8", timeout=20, dimensions=(40, 200)
+    )
+    process.send("while it\rloads\r")
+    process.expect("message: 'while it'")
+    # Backspace, an arrow key, a backslash and Alt before Enter, Ctrl-U, and the beginning of a message.
+    process.send("thf\x7fe \x1b[Aüser\rin\\\rthe\x1b\rring\r\x1bOBnon\x15last")
+    for message in ("loads", r"the \\xfcser", r"in\\nthe\\nring"):
+        process.expect(f"message: '{message}'")
+        process.expect("answered")
+    process.send("!\r")
+    process.expect("message: 'last!'")
+    process.send("forgotten\rforgotten\rforgotten\x03")  # with Ctrl-C
+    process.expect("stopped")
+    process.send("new\r")
+    process.expect("message: '(.*)'")
+    assert process.match[1] == "new"
+    process.close(force=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("answering", [False, True])
 def test_the_terminal_is_restored_when_the_program_is_terminated(endless, answering):
@@ -300,6 +342,13 @@ def test_files_that_are_not_conversations(runner, endless, tmp_path):
 
 def test_control_characters_are_escaped():
     assert escape_control_characters("a\x1b[2J\r\x07b\n\tc\x9bd\x7fé😀") == "a␛[2J␍␇b\n\tc\\x9bd\\x7fé😀"
+
+
+@given(st.text())
+def test_no_control_character_is_left(text):
+    escaped = escape_control_characters(text)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", escaped)
+    assert escape_control_characters(escaped) == escaped
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,7 @@ def test_help(runner, name):
     options = ["ckpt_dir", "tokenizer_path", "temperature", "top_p", "max_seq_len", "max_gen_len", "max_batch_size"]
     for option in [*options, "stream", "quantize", "compile"]:
         assert f"--{option}=" in result.stdout
+    assert runner.run(example(name), "-h") == result
     assert "Without arguments this runs SmolLM2-135M-Instruct" in result.stdout
 
 

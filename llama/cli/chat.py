@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 
 from llama.chat_format import ChatFormat
 from llama.cli.build import build_llama
-from llama.cli.terminal import Keyboard, escape_control_characters, print_piece
+from llama.cli.terminal import Keyboard, escape_control_characters, print_piece, require_stdout
 from llama.dialog import Dialog, Message, check_dialog
 from llama.distributed import broadcast_object, is_first_rank
 from llama.errors import InputError
@@ -95,6 +95,7 @@ def chat(
             the format that its control tokens tell
     """
     # Checks the options before the model is loaded, which may take minutes.
+    require_stdout()
     SamplingParams(1 if max_gen_len is None else max_gen_len, temperature, top_p, seed=seed)
     llama = build_llama(
         ckpt_dir, tokenizer_path, max_seq_len, dtype, seed, chat_format, quantize=quantize, compile=compile

@@ -1,13 +1,15 @@
-"""What the commands share of the terminal: a text from the command line or a pipe, messages that a user types, Ctrl-C
-during an answer, and safe printing."""
+"""What the commands share of the terminal: a text from the command line or a pipe, messages that a user types, Ctrl-C,
+and safe printing."""
 
+import json
 import os
 import re
 import select
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from llama.errors import InputError
 
@@ -17,7 +19,49 @@ except ImportError:  # Windows, where Ctrl-C raises KeyboardInterrupt
     termios = None  # type: ignore[assignment]
 
 CTRL_C = b"\x03"
-ESCAPE_SEQUENCE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|O.|.)?")  # arrow keys, and the marks around pasted text
+ENTER = re.compile(rb"(?<![\\\x1b])\r")  # not after a backslash or Alt, where it begins another line
+ESCAPE_SEQUENCE = re.compile(r"\x1b(?!\r)(\[[0-?]*[ -/]*[@-~]|O.|.)?")  # arrow keys, and the marks around pasted text
+EDITING_KEYS = "\r\n\x1b\x7f\b\x15\x17"  # Enter, Alt before it, Backspace, Ctrl-U and Ctrl-W
+
+# Characters that JSON may hold as they are, but a terminal or UTF-8 can't take.
+UNSAFE_IN_JSON = re.compile(r"[\x7f-\x9f\ud800-\udfff]")
+
+
+def on_ctrl_c(handler: Callable[[int, FrameType | None], object]) -> None:
+    """Set what happens at Ctrl-C, unless whoever started the program has it ignored."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handler)
+
+
+def exit_at_once(_number: int, _frame: FrameType | None) -> NoReturn:
+    """End the program as Ctrl-C does, where Python would answer with a traceback: while it imports, or ends."""
+    os._exit(130)
+
+
+def open_closed_streams() -> None:
+    """Open the null device under the number of each standard stream that is closed.
+
+    Otherwise the next file that is opened gets the number, and with it what libraries print there.
+    """
+    number = os.open(os.devnull, os.O_RDWR)
+    while number <= 2:
+        number = os.open(os.devnull, os.O_RDWR)
+    os.close(number)
+
+
+def require_stdout() -> None:
+    """Raise InputError, before minutes of work, if the result would be printed to nowhere."""
+    if sys.stdout is None:
+        raise InputError("standard output is closed: there is nowhere to print to")
+
+
+def discard_unwritable_output() -> None:
+    """Discard what can't be written to standard output: Python would try again at its end, and print a traceback."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # a closed pipe, a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def escape_control_characters(text: str) -> str:
@@ -29,6 +73,12 @@ def _visible(character: str) -> str:
     if character in "\n\t" or not (ord(character) < 32 or 127 <= ord(character) < 160):
         return character
     return chr(0x2400 + ord(character)) if ord(character) < 32 else f"\\x{ord(character):02x}"
+
+
+def to_json(value: object) -> str:
+    """Return a value as one line of JSON that can be printed anywhere."""
+    text = json.dumps(value, ensure_ascii=str(sys.stdout.encoding).lower() not in ("utf-8", "utf8"))
+    return UNSAFE_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def print_piece(text: str) -> None:
@@ -60,7 +110,7 @@ class Keyboard:
 
     def __init__(self) -> None:
         self._is_terminal = sys.stdin is not None and sys.stdin.isatty()
-        self._pending = b""  # typed during an answer; begins the next message
+        self._typed_ahead = b""  # keys typed during an answer: whole messages, and the beginning of one
         self._saved_settings: list[Any] | None = None
         self._read_line: Callable[[str], str] = line_editor() if self._is_terminal else read_stdin_line
 
@@ -70,6 +120,7 @@ class Keyboard:
             for number in (signal.SIGTERM, signal.SIGHUP):  # torchrun sends SIGTERM when another process has died
                 signal.signal(number, lambda number, _: sys.exit(128 + number))
             settings = termios.tcgetattr(sys.stdin)
+            settings[0] &= ~termios.ICRNL  # Enter is \r, as where a message is edited
             settings[3] &= ~(termios.ECHO | termios.ICANON)
             settings[6][termios.VINTR] = b"\0"
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
@@ -82,28 +133,33 @@ class Keyboard:
     def read_message(self) -> str:
         """Return the next message, which may have several lines.
 
+        What was typed during an answer comes first, a message at a time, as if it were typed now.
+
         Raises:
             EOFError: the user typed Ctrl-D, or the pipe or file has ended.
             KeyboardInterrupt: the user typed Ctrl-C.
         """
-        pending, self._pending = ESCAPE_SEQUENCE.sub("", self._pending.decode("utf-8", "replace")), b""
-        message = self._read_line("".join(character for character in pending if character.isprintable()))
+        enter = ENTER.search(self._typed_ahead)
+        end = len(self._typed_ahead) if enter is None else enter.end()
+        keys, self._typed_ahead = self._typed_ahead[:end], self._typed_ahead[end:]
+        text = ESCAPE_SEQUENCE.sub("", keys.decode("utf-8", "replace"))
+        message = self._read_line("".join(key for key in text if key.isprintable() or key in EDITING_KEYS))
         return message.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # bytes that are not valid UTF-8
 
     def interrupted(self) -> bool:
-        """Return whether Ctrl-C was pressed since the last message; other keys are kept for the next message."""
+        """Return whether Ctrl-C was pressed since the last message; other keys are kept for the next messages."""
         while self._saved_settings is not None and select.select([sys.stdin], [], [], 0)[0]:
             keys = os.read(sys.stdin.fileno(), 1024)
             if not keys:  # the terminal was closed
                 return True
             if CTRL_C in keys:
-                self._pending = b""
+                self._typed_ahead = b""
                 return True
-            self._pending += keys
+            self._typed_ahead += keys
         return False
 
 
-def read_stdin_line(_default: str) -> str:
+def read_stdin_line(_keys: str) -> str:
     """Return the next line of a pipe or file; EOFError at its end."""
     line = sys.stdin.readline() if sys.stdin is not None else ""
     if not line:
@@ -112,13 +168,15 @@ def read_stdin_line(_default: str) -> str:
 
 
 def line_editor() -> Callable[[str], str]:
-    """Return a function that lets the user edit a message, given its first characters, and returns it.
+    """Return a function that lets the user edit a message, after some keys that were typed before, and returns it.
 
     Enter ends the message. Alt-Enter, or a backslash before Enter, begins another line; pasted lines stay together. The
     arrow keys bring back earlier messages.
     """
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+    from prompt_toolkit.input.typeahead import store_typeahead
+    from prompt_toolkit.input.vt100_parser import Vt100Parser
+    from prompt_toolkit.key_binding import KeyBindings, KeyPress, KeyPressEvent
     from prompt_toolkit.output import create_output
 
     key_bindings = KeyBindings()
@@ -143,4 +201,11 @@ def line_editor() -> Callable[[str], str]:
         key_bindings=key_bindings,
         output=create_output(always_prefer_tty=True),  # also where standard output is a pipe
     )
-    return lambda default: session.prompt(default=default)
+
+    def edit(keys: str) -> str:
+        key_presses: list[KeyPress] = []
+        Vt100Parser(key_presses.append).feed_and_flush(keys)
+        store_typeahead(session.input, key_presses)
+        return session.prompt()
+
+    return edit
