@@ -65,8 +65,25 @@ def test_help_of_a_command(runner, name):
     assert not any("-h" in line.split("--")[0] for line in options)  # -h is --help
     assert "Optional" not in result.stdout
     assert "_=" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    for spelling in ("-h", "--h", "-h=1", "--help=x"):
+        assert runner.llama(name, spelling) == result
     abbreviations = re.findall(r"^    -(\w), --", result.stdout, re.MULTILINE)
     assert len(set(abbreviations)) == len(abbreviations)  # an ambiguous one would be an error
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("complete", "[TEXT]"),
+        ("inspect", "[TEXT]"),
+        ("chat", "[CKPT_DIR]"),
+        ("info", "[CKPT_DIR]"),
+        ("convert", "FROM TO"),
+    ],
+)
+def test_the_synopsis_has_what_needs_no_name(runner, name, arguments):
+    assert f"\n    llama {name} {arguments} <flags>\n" in runner.llama(name, "--help").stdout
 
 
 @pytest.mark.slow
@@ -89,17 +106,35 @@ def test_it_is_installed_as_llama():
         (["complete", "hi", "--quantize", "int5"], 1, "error: quantize='int5' must be one of ['int8', 'int4']"),
         (["complete", "hi", "--quantize", "--compile"], 2, "error: llama complete: --quantize needs a value"),
         (["complete", "hi", "--seed", "x"], 1, "error: seed='x' must be a whole number"),
-        (["info", ".", "--max_batch_size", "x"], 1, "error: max_batch_size='x' must be a whole number of at least 1"),
+        (["info", ".", "--max_batch_size", "x"], 1, "error: max_batch_size='x' must be a whole number between 1 and 2"),
         (["info", ".", "--dtype", "int3"], 1, "error: dtype='int3' must be one of ['float32', 'float16', 'bfloat16']"),
         (["info", ".", "--quantize", "int5"], 1, "error: quantize='int5' must be one of ['int8', 'int4']"),
         (["info", "/nowhere"], 1, "error: ckpt_dir='/nowhere' does not exist"),
-        (["convert", "/nowhere"], 2, "error: llama convert: The function received no value for the required argument"),
+        (
+            ["complete", "hi", "-t", "0"],
+            2,
+            "error: llama complete: -t is ambiguous: it could be --text, --tokenizer_path, --temperature, --top_p",
+        ),
+        (
+            ["complete", "hi", "--seed", "1", "--seed=2"],
+            2,
+            "error: llama complete: --seed is given 2 times; give it once",
+        ),
+        (["complete", "hi", "--json=no"], 2, "error: llama complete: --json takes no value; --json=false switches it"),
+        (
+            ["complete", "hi", "--stop", "a", "--stop="],
+            1,
+            "error: stop=('a', '') must be a string or a list of strings",
+        ),
+        (["complete", "hi", "--max_seq_len", "x"], 1, "error: max_seq_len='x' must be a whole number of at least 1"),
+        (["info", ".", "--nproc", "9" * 400], 1, "error: nproc=99"),
+        (["convert", "/nowhere"], 2, "error: llama convert: --to is missing; see --help"),
         (["convert", "/nowhere", "/x"], 1, "error: ckpt_dir='/nowhere' does not exist"),
         (["convert", "/nowhere", "/x", "--dtype", "int3"], 1, "error: dtype='int3' must be one of"),
         (["bench", "--models", "2b"], 1, "error: models=2b must be some of smollm2,1b"),
         (["bench", "--rounds", "0"], 1, "error: rounds=0 must be a whole number of at least 1"),
         (["bench", "--peers", "transformers"], 1, "error: peers=transformers must begin with ours"),
-        pytest.param(["complete"], 1, "error: prompt 0 is empty: it needs at least one token", marks=pytest.mark.real),
+        pytest.param(["complete"], 1, "error: the text is empty, and this model needs", marks=pytest.mark.real),
         pytest.param(
             ["info", "--nproc", "2"], 1, "error: this model can't be split over 2 processes", marks=pytest.mark.real
         ),
@@ -162,6 +197,47 @@ def test_complete_as_json(runner, tiny_checkpoint):
         assert len(printed["logprobs"]) == 9
         plain = runner.llama("complete", *args, *options, stdin=stdin)
         assert plain.stdout == expected["generation"] + "\n"
+
+
+def test_several_stop_strings(runner, tiny_checkpoint):
+    options = ["--ckpt_dir", tiny_checkpoint, *GREEDY[:2], "--dtype", "float32"]
+    whole = runner.llama("complete", "the user", *options, "--max_gen_len", 40).stdout.removesuffix("\n")
+    first, second = whole[9:11], whole[5:7]
+    end = min(whole.index(first), whole.index(second))
+    for stops in ((first, second), (second, first)):
+        result = runner.llama("complete", *options, f"--stop={stops[0]}", f"--stop={stops[1]}", "--", "the user")
+        assert result.stdout == whole[:end] + "\n"
+
+
+@pytest.fixture
+def without_bos(tmp_path):
+    """A checkpoint whose texts don't begin with a token of their own, so that an empty one is no prompt."""
+    return write_gguf(tmp_path / "model.gguf", tiny_model())
+
+
+@pytest.mark.parametrize("command", ["complete", "inspect"])
+def test_what_is_no_prompt_is_refused_before_the_model_is_loaded(
+    runner, monkeypatch, tiny_checkpoint, without_bos, command
+):
+    result = runner.llama(command, "", "--ckpt_dir", tiny_checkpoint, "--max_gen_len", "2")
+    assert result.returncode == 0, result.stderr  # its texts have one
+    monkeypatch.setattr("llama.cli.build.Llama", None)
+    for args in ([""], []):
+        for stdin in ("", "\n"):
+            result = runner.llama(command, *args, "--ckpt_dir", without_bos, stdin=stdin)
+            assert (result.returncode, result.stdout) == (1, "")
+            assert result.stderr.startswith("error: the text is empty, and this model needs at least one token")
+    result = runner.llama(command, "x" * 97, "--ckpt_dir", without_bos, "--max_seq_len", "96")
+    assert result.stderr.startswith("error: the text has 97 tokens, but max_seq_len=96: shorten it")
+
+
+@pytest.mark.parametrize("args", [["chat"], ["complete", "x"], ["inspect", "x"], ["info"]])
+def test_closed_output_is_refused_before_the_model_is_loaded(runner, monkeypatch, args):
+    monkeypatch.setattr("llama.cli.build.open_checkpoint", None)
+    monkeypatch.setattr(sys, "stdout", None)
+    result = runner.llama(*args, "--ckpt_dir", "/nowhere")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert result.stderr.startswith("error: standard output is closed")
 
 
 def test_complete_with_quantized_weights(runner, tiny_checkpoint):
@@ -228,6 +304,33 @@ def test_names_in_files_cannot_control_the_terminal(tmp_path, tiny_checkpoint):
     assert "␛]0;owned␇" in result.stderr
     assert "y␛[2J" in result.stderr
     assert "\x1b" not in result.stderr
+
+
+def test_names_of_files_cannot_control_the_terminal(runner, tmp_path, tiny_checkpoint):
+    """Not in what `info` and `inspect` print, nor in errors and their tracebacks."""
+    folder = tmp_path / "x\x1b]0;owned\x07\x9b2J"
+    folder.mkdir()
+    for file in tiny_checkpoint.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    for args in (
+        ["info", folder],
+        ["inspect", "the", "--ckpt_dir", tiny_checkpoint, "--html", folder / "page.html"],
+        ["info", folder / "nowhere", "--debug"],
+        ["info", f"--{folder}"],
+        [str(folder)],
+    ):
+        result = runner.llama(*args)
+        printed = result.stdout + result.stderr
+        assert "x␛]0;owned␇\\x9b2J" in printed or r"x\x1b]0;owned\x07\x9b2J" in printed
+        assert not re.search("[\x1b\x07\x9b]", printed)
+
+
+def test_control_characters_in_json(runner, tiny_checkpoint):
+    prompt = "a\x1b[2J\x7f\x9b2J é"
+    result = runner.llama("complete", prompt, "--json", "--ckpt_dir", tiny_checkpoint, *GREEDY)
+    assert json.loads(result.stdout)["prompt"] == prompt
+    assert "é" in result.stdout
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", result.stdout)
 
 
 def test_log_messages_are_escaped():
@@ -311,6 +414,34 @@ def test_info_on_a_quantized_model(runner, tmp_path, llama3_path, monkeypatch, q
             assert printed["memory"].startswith(f"{dtype_name(dtype)}, quantize={quantize}, max_seq_len=64")
             assert printed["weights"].startswith(f"{expected.weight_bytes:,} bytes")
             assert printed["total"].startswith(f"{expected.weight_bytes + expected.cache_bytes:,} bytes")
+
+
+TINY = {
+    "params.json": {"dim": 128, "n_layers": 2, "n_heads": 4, "multiple_of": 64, "head_dim": 32},
+    "config.json": {"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    | {"intermediate_size": 192, "vocab_size": 320, "head_dim": 32},
+}
+ABSURD = [
+    ("params.json", "n_layers", 10**12),
+    ("params.json", "n_heads", 10**12),
+    ("params.json", "dim", 2**62),
+    ("params.json", "multiple_of", 2**60),
+    ("params.json", "max_position_embeddings", 2**62),
+    ("config.json", "num_hidden_layers", 5000),
+    ("config.json", "vocab_size", 10**15),
+    ("config.json", "max_position_embeddings", 10**18),
+]
+
+
+@pytest.mark.parametrize(("file", "name", "size"), ABSURD)
+@pytest.mark.timeout(20)
+def test_info_on_absurd_sizes(runner, tmp_path, file, name, size):
+    """It ends at once, also where all layers would be listed, or each number of processes tried."""
+    (tmp_path / file).write_text(json.dumps(TINY[file] | {name: size}))
+    for options in ([], ["--nproc", 7], ["--quantize", "int4"], ["--max_seq_len", 2**31, "--max_batch_size", 2**31]):
+        result = runner.llama("info", tmp_path, *options)
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+        assert re.match(rf"error: {tmp_path / file}: \w+={size} is larger than that of any model\n", result.stderr)
 
 
 FAMILIES = {"Llama 2": "Llama 2", "Llama 3 ": "Llama 3", "Llama 3.": "Llama 3.1 or later"}

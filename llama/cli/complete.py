@@ -1,9 +1,7 @@
 """`llama complete`: continues a text."""
 
-import json as json_format
-
 from llama.cli.build import build_llama
-from llama.cli.terminal import print_piece, text_or_stdin
+from llama.cli.terminal import print_piece, require_stdout, text_or_stdin, to_json
 from llama.sampling_params import SamplingOptions, SamplingParams
 
 
@@ -16,7 +14,7 @@ def complete(
     temperature: float = 0.6,
     top_p: float = 0.9,
     top_k: int | None = None,
-    stop: str | None = None,
+    stop: str | list[str] | None = None,
     seed: int | None = None,
     max_seq_len: int | None = None,
     dtype: str | None = None,
@@ -29,7 +27,7 @@ def complete(
     For example: llama complete "The sun rises", or with a file: llama complete < FILE
 
     Args:
-        text: the text, in quotes; by default standard input. (--text="--…" for a text that begins with dashes)
+        text: the text, in quotes; by default standard input; one that begins with a dash comes last, after --
         ckpt_dir: the checkpoint: a folder in Meta's or Hugging Face's layout, or a GGUF file; by default
             SmolLM2-135M-Instruct, which is downloaded once
         tokenizer_path: the tokenizer file; by default the one that comes with the checkpoint
@@ -37,7 +35,7 @@ def complete(
         temperature: sampling temperature; 0 always takes the most likely token
         top_p: sample only from the most likely tokens that together reach this probability (nucleus sampling)
         top_k: sample only from this many of the most likely tokens
-        stop: a text at which generation stops; it is not part of the output
+        stop: a text at which generation stops, and which is not part of the output; may be given several times
         seed: random seed: the same seed samples the same tokens; by default a different one each time
         max_seq_len: maximum number of tokens of text and continuation together; by default 4096, or the model's own
             maximum if that is smaller
@@ -49,14 +47,17 @@ def complete(
             first time, since its result is kept on disk
         json: print one JSON object instead, with the keys prompt, generation, tokens and logprobs
     """
-    prompt = text_or_stdin(text)
+    # Checks everything before the model is loaded, which may take minutes.
+    require_stdout()
     options: SamplingOptions = {"top_k": top_k, "stop": stop}
-    # Checks the options before the model is loaded, which may take minutes.
     SamplingParams(max_gen_len, temperature, top_p, top_k=top_k, stop=stop, seed=seed)
-    llama = build_llama(ckpt_dir, tokenizer_path, max_seq_len, dtype, seed, quantize=quantize, compile=compile)
+    prompt = text_or_stdin(text)
+    llama = build_llama(
+        ckpt_dir, tokenizer_path, max_seq_len, dtype, seed, quantize=quantize, compile=compile, prompt=prompt
+    )
     if json:
         (prediction,) = llama.text_completion([prompt], temperature, top_p, max_gen_len, logprobs=True, **options)
-        print(json_format.dumps({"prompt": prompt, **prediction}, ensure_ascii=False))
+        print(to_json({"prompt": prompt, **prediction}))
         return
     try:
         for piece in llama.text_completion_stream([prompt], temperature, top_p, max_gen_len, **options):

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from llama.chat_format import ChatFormat, TemplateFormat
-from llama.checkpoint import Checkpoint, open_checkpoint, parameter_count, read_settings
+from llama.checkpoint import Checkpoint, Settings, open_checkpoint, parameter_count, read_settings
 from llama.checkpoint.gguf import open_parts
 from llama.checkpoint.memory import LLAMA2_VOCAB_SIZE, cache_bytes, free_memory, weight_bytes
+from llama.cli.terminal import escape_control_characters, require_stdout
 from llama.default_model import default_checkpoint
 from llama.device import default_dtype, dtype_name, dtype_named
 from llama.errors import CheckpointError, InputError, MissingFileError
@@ -22,6 +23,10 @@ from llama.tokenizer import Tokenizer
 
 LLAMA3_VOCAB_SIZE = 128256
 DEFAULT_MAX_SEQ_LEN = 2048  # tokens
+
+# Far above the sizes of any model, and low enough to compute with, to list all layers, and to count to n_heads.
+MAX_SIZE = 2**31
+MAX_SIZES = {"n_layers": 2**12, "n_heads": 2**16}
 
 
 def info(
@@ -49,12 +54,13 @@ def info(
         dtype: float32, float16 or bfloat16, of weights and KV cache; by default this machine's default
         quantize: int8 or int4: the memory with the weights in 8 or 4 bits
     """
+    require_stdout()
     path = require_path(default_checkpoint() if ckpt_dir is None else ckpt_dir, "ckpt_dir")
     if path.name in ("params.json", "config.json"):
         path = path.parent
     for name, count in (("nproc", nproc), ("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
         if count is not None:
-            check_number(name, count, 1, integer=True)
+            check_number(name, count, 1, MAX_SIZE, integer=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch_dtype = dtype_named(dtype) or default_dtype(device, quantize)
     check_quantize(quantize, torch_dtype)
@@ -62,6 +68,7 @@ def info(
     has_settings_file = any((path / name).is_file() for name in ("params.json", "config.json"))
     checkpoint = None if has_settings_file else open_checkpoint(path)
     settings = read_settings(path) if checkpoint is None else checkpoint.settings
+    check_sizes(settings)
     if max_seq_len is None:
         max_seq_len = min(DEFAULT_MAX_SEQ_LEN, settings.params.get("max_position_embeddings") or DEFAULT_MAX_SEQ_LEN)
     vocab_size = settings.params.get("vocab_size", -1)
@@ -85,7 +92,14 @@ def info(
         "this machine": describe_machine(device, weights + cache, nproc),
     }
     for name, value in lines.items():
-        print(f"{name:14}{value}".rstrip())
+        print(escape_control_characters(f"{name:14}{value}".rstrip()))
+
+
+def check_sizes(settings: Settings) -> None:
+    """Raise CheckpointError if a size of a model is absurd: computing with it might never end."""
+    for name, size in settings.params.items():
+        if isinstance(size, int) and size > MAX_SIZES.get(name, MAX_SIZE):
+            raise CheckpointError(f"{settings.path}: {name}={size} is larger than that of any model")
 
 
 def describe_layout(path: Path) -> str:

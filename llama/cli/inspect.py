@@ -10,11 +10,10 @@ from rich.text import Text as StyledText
 from llama.cli.build import build_llama
 from llama.cli.inspect_format import LEGEND, figures, format_settings, percent, readable, surprise_level
 from llama.cli.inspect_page import render_page
-from llama.cli.terminal import text_or_stdin
+from llama.cli.terminal import escape_control_characters, require_stdout, text_or_stdin
 from llama.cli.token_statistics import Inspection, SamplingDistribution, TokenStatistics, inspect_tokens
 from llama.default_model import default_checkpoint
 from llama.distributed import is_first_rank
-from llama.errors import InputError
 from llama.files import writable_file, write_whole
 from llama.model import Transformer
 from llama.sampling_params import SamplingParams, check_number
@@ -53,7 +52,7 @@ def inspect(
     For example: llama inspect "The sun rises", or with a file: llama inspect < FILE
 
     Args:
-        text: the text, in quotes; by default standard input
+        text: the text, in quotes; by default standard input; one that begins with a dash comes last, after --
         ckpt_dir: the checkpoint: a folder in Meta's or Hugging Face's layout, or a GGUF file; by default
             SmolLM2-135M-Instruct, which is downloaded once
         tokenizer_path: the tokenizer file; by default the one that comes with the checkpoint
@@ -71,17 +70,17 @@ def inspect(
         alternatives: how many of the most likely tokens to list at each position
         html: write an HTML page to this file, instead of printing to the terminal
     """
-    # Checks the options before the model is loaded, which may take minutes.
+    # Checks everything before the model is loaded, which may take minutes.
     SamplingParams(max_gen_len, temperature, top_p, top_k=top_k, seed=seed)
     check_number("alternatives", alternatives, 1, integer=True)
     file = None if html is None else writable_file(html, "html")
+    if file is None:
+        require_stdout()
     prompt = text_or_stdin(text)
     checkpoint = str(default_checkpoint()) if ckpt_dir is None else ckpt_dir
-    llama = build_llama(checkpoint, tokenizer_path, max_seq_len, dtype, seed, quantize=quantize)
+    llama = build_llama(checkpoint, tokenizer_path, max_seq_len, dtype, seed, quantize=quantize, prompt=prompt)
     model, tokenizer = cast(Transformer, llama.model), cast(Tokenizer, llama.tokenizer)  # as `Llama.build` makes them
     tokens = tokenizer.encode(prompt, bos=tokenizer.add_bos, eos=False)
-    if not tokens:
-        raise InputError(f"text={prompt!r} has no tokens; give a text that has at least one")
     (generated,), _ = llama.generate([tokens], max_gen_len, temperature, top_p, top_k=top_k)
     inspection = inspect_tokens(
         model,
@@ -97,7 +96,7 @@ def inspect(
         print_inspection(inspection, Console(highlight=False))
     elif is_first_rank():
         write_whole(file, render_page(inspection, Path(checkpoint).resolve().name))
-        print(f"wrote {file}")
+        print(escape_control_characters(f"wrote {file}"))
 
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
