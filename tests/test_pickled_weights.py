@@ -1,5 +1,6 @@
 """PyTorch's files of weights: what torch.save writes loads, and anything else is refused before torch sees it."""
 
+import codecs
 import io
 import os
 import pickle
@@ -144,6 +145,7 @@ def test_the_archives_of_these_tests_load_if_nothing_is_wrong(tmp_path):
         (torch.storage._load_from_bytes, "torch.storage._load_from_bytes"),
         (Counter, "collections.Counter"),
         (bytearray, "__builtin__.bytearray"),
+        (codecs.encode, "_codecs.encode"),
         (torch._utils._rebuild_sparse_tensor, "torch._utils._rebuild_sparse_tensor"),
         (torch._utils._rebuild_tensor_v3, "torch._utils._rebuild_tensor_v3"),
         (torch.nn.Linear, "torch.nn.modules.linear.Linear"),
@@ -197,6 +199,8 @@ WRONG_SIZES = {
     "longer strides": (tensor(stride=(3, 1)), "a tensor of shape (2, 2) in 4 elements"),
     "a huge shape": (tensor(size=(HUGE, 4), stride=(4, 1)), "in 4 elements"),
     "sizes that overflow": (tensor(size=(HUGE, HUGE), stride=(HUGE, HUGE)), "in 4 elements"),
+    "an expanded tensor": (tensor(size=(2**40,), stride=(0,)), "a tensor of shape (1099511627776,) in 4 elements"),
+    "many axes": (tensor(size=(1,) * 9, stride=(0,) * 9), "a tensor of 9 axes"),
     "a negative stride": (tensor(stride=(-2, 1)), "not whole numbers of at least 0"),
     "a negative offset": (tensor(offset=-1), "not whole numbers of at least 0"),
     "a huge number": (tensor(size=(2**63, 0)), "not whole numbers of at least 0"),
@@ -212,7 +216,10 @@ WRONG_SIZES = {
 
 @pytest.mark.parametrize(("content", "message"), WRONG_SIZES.values(), ids=WRONG_SIZES)
 def test_nothing_reaches_beyond_its_data(refused, content, message):
-    assert message in refused(pickled({"a": content}))
+    """The message names the tensor."""
+    refusal = refused(pickled({"b": tensor(), "a": content}))
+    assert message in refusal
+    assert "'a': " in refusal
 
 
 def test_attributes_of_a_tensor(refused):
@@ -235,12 +242,6 @@ def test_data_used_as_two_kinds(refused):
     assert "data/0 is used as Storage(length=4" in refused(pickled(content))
 
 
-def test_an_expanded_tensor(tmp_path):
-    path = write_archive(tmp_path / "file.pth", pickled({"a": tensor(size=(2**40,), stride=(0,))}))
-    with pytest.raises(CheckpointError, match=r"a has shape \(1099511627776,\), larger than its data in the file"):
-        open_pickled_weights(path)
-
-
 START = b"\x80\x02"
 TUPLES = (
     b")\x85q\0" + b"h\0h\0\x86q\0" * 200
@@ -254,6 +255,7 @@ ABSURD = {
     "a longer number": START + b"\x8b\x00\x00\x80\x00" + b"\x7f" * 2**23 + b".",
     "a number in decimal digits": START + b"I" + b"9" * 10_000_000 + b"\n.",
     "a text longer than the file": START + b"X\xff\xff\xff\x7fa.",
+    "many axes": pickled({"a": tensor(size=(2**31 - 1,) * 100_000, stride=(0,) * 100_000)}),
     "nested tuples as a name": START + b"}" + TUPLES + b"Ns.",
     "nested tuples as data": START + TUPLES + b"Q.",
     "nested tuples that are called": START + TUPLES + b")R.",
@@ -331,6 +333,42 @@ def test_what_does_not_end_as_a_zip_file(tmp_path, end):
     path.write_bytes(path.read_bytes()[:-1] + end)
     with pytest.raises(CheckpointError, match=r"is damaged or cut short: .*it doesn't end as a zip file"):
         open_pickled_weights(path)
+
+
+def test_a_second_list_of_contents_for_another_reader(tmp_path):
+    """Python's reader takes the list before the file's end, torch's the one whose place is written there."""
+    hostile = pickled({"a": Call(bytearray, 2**40)})
+    harmless = pickled({"a": tensor()})
+    hostile += bytes(len(harmless) - len(hostile))
+    first, second = (write_archive(tmp_path / "part", content).read_bytes() for content in (hostile, harmless))
+    path = tmp_path / "file.pth"
+    path.write_bytes(first[:-22] + second)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.read("archive/data.pkl") == harmless
+    assert torch._C.PyTorchFileReader(str(path)).get_record("data.pkl") == hostile
+    with pytest.raises(CheckpointError, match="its list of contents is not where it is said to be"):
+        open_pickled_weights(path)
+
+
+def test_a_large_record_elsewhere(tmp_path):
+    """One that torch would find, while Python takes the one before the file's end."""
+    content = write_archive(tmp_path / "part", pickled({"a": tensor()})).read_bytes()
+    directory, (length, start) = content[:-22], struct.unpack("<LL", content[-10:-2])
+    large = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 4, 4, length, start)
+    for place in (len(directory), 0, len(directory) - 1, 2**40):
+        path = tmp_path / "file.pth"
+        path.write_bytes(directory + large + struct.pack("<4sLQL", b"PK\6\7", 0, place, 1) + content[-22:])
+        if place == len(directory):
+            assert torch.equal(open_pickled_weights(path)["a"], torch.zeros(2, 2))
+        else:
+            with pytest.raises(CheckpointError, match="its last records don't follow each other"):
+                open_pickled_weights(path)
+
+
+def test_nested_tensors(tmp_path):
+    torch.save({"a": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=r"would call torch\._utils\._rebuild_nested_tensor while it is read"):
+        open_pickled_weights(tmp_path / "file.pth")
 
 
 def test_two_entries_of_the_same_name(tmp_path):

@@ -10,6 +10,7 @@ import pickletools
 import zipfile
 from collections.abc import Mapping
 from enum import Enum
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from llama.files import first_bytes, raise_if_unmappable
 MAX_DIRECTORY_BYTES = 2**24  # of the zip file: some 100 for each tensor
 MAX_PICKLE_BYTES = 2**24
 MAX_INSTRUCTIONS = 2**19
+MAX_AXES = 8
 
 # The classes of a tensor's data, with the bytes of an element. (Integers have a clearer error message later on.)
 ELEMENT_SIZES = {
@@ -96,8 +98,6 @@ def open_pickled_weights(path: Path) -> dict[str, torch.Tensor]:
             raise CheckpointError(
                 f"{path} holds something other than named tensors: {name!r:.80} is a {type(tensor).__name__}"
             )
-        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-            raise CheckpointError(f"{path}: {name} has shape {tuple(tensor.shape)}, larger than its data in the file")
     check_dtypes(path, tensors)
     return {name: tensor.detach() for name, tensor in tensors.items()}  # a saved Parameter would ask for its gradient
 
@@ -108,7 +108,7 @@ def _read_archive(path: Path) -> tuple[bytes, dict[str, int]]:
     Raises:
         ValueError: the entries of the zip file are not those that `torch.save` writes.
     """
-    if _directory_bytes(path) > MAX_DIRECTORY_BYTES:
+    if _directory_length(path) > MAX_DIRECTORY_BYTES:
         raise ValueError("the zip file's list of contents is too long for a file of weights")
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
@@ -127,21 +127,34 @@ def _read_archive(path: Path) -> tuple[bytes, dict[str, int]]:
         return archive.read(pickle), {name.removeprefix(prefix): size for name, size in data.items()}
 
 
-def _directory_bytes(path: Path) -> int:
-    """The length of a zip file's list of contents, all of which `zipfile` would make into objects.
+def _directory_length(path: Path) -> int:
+    """The length in bytes of a zip file's list of contents, all of which `zipfile` would make into objects.
+
+    Python's reader of zip files and torch's take the list from different places: the one from right before the records
+    at the file's end, the other from where these records say it is. Both must be the same list, or torch would read
+    another pickle than the one that was checked.
 
     Raises:
-        ValueError: the file doesn't end as `torch.save` ends it, with a record of 22 bytes; before it may be a record
-            of 56 bytes with larger numbers, and one of 20 bytes that leads to it.
+        ValueError: the file doesn't end as `torch.save` ends it: with the list, and a record of 22 bytes; between them
+            may be a record of 56 bytes with larger numbers, and one of 20 bytes that leads to it.
     """
+    size = path.stat().st_size
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 98))
+        file.seek(max(0, size - 98))
         end = file.read()
     has_large_record = end.startswith(b"PK\6\6")
     if end[-22:-18] != b"PK\5\6" or has_large_record != (end[-42:-38] == b"PK\6\7"):
         raise ValueError("it doesn't end as a zip file")
-    length = int.from_bytes(end[-10:-6], "little")
-    return max(length, int.from_bytes(end[-58:-50], "little")) if has_large_record else length
+    numbers, end_of_directory = end[-10:-2], size - 22
+    if has_large_record:
+        numbers, end_of_directory = end[40:56], size - 98
+        if int.from_bytes(end[64:72], "little") != end_of_directory:
+            raise ValueError("its last records don't follow each other")
+    half = len(numbers) // 2
+    length, start = (int.from_bytes(number, "little") for number in (numbers[:half], numbers[half:]))
+    if start + length != end_of_directory:
+        raise ValueError("its list of contents is not where it is said to be")
+    return length
 
 
 def check_pickle(path: Path, pickle: bytes, data_sizes: Mapping[str, int]) -> None:
@@ -187,11 +200,16 @@ def check_pickle(path: Path, pickle: bytes, data_sizes: Mapping[str, int]) -> No
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
             items = [stack.pop() for _ in range(int(name[-1]))]
             stack.append(tuple(reversed(items)))
-        elif name == "BINPERSID":
-            stack.append(_checked_storage(stack.pop(), storages, data_sizes))
-        elif name == "REDUCE":
-            arguments, function = stack.pop(), stack.pop()
-            stack.append(_checked_call(function, arguments))
+        elif name in ("BINPERSID", "REDUCE"):
+            arguments = stack.pop()
+            try:
+                if name == "BINPERSID":
+                    stack.append(_checked_storage(arguments, storages, data_sizes))
+                else:
+                    stack.append(_checked_call(stack.pop(), arguments))
+            except ValueError as error:
+                last_name = next((item for items in stacks[::-1] for item in items[::-1] if isinstance(item, str)), "")
+                raise ValueError(f"{last_name!r:.80}: {error}") from error
         elif name in ("SETITEM", "SETITEMS"):
             items = stacks.pop() if name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
             if not all(isinstance(key, str) for key in items[::2]) or stacks[-1][-1] is not Item.DICT:
@@ -241,8 +259,10 @@ def _checked_call(function: Any, arguments: Any) -> Item:
         ):
             if not all(isinstance(number, int) and 0 <= number < 2**63 for number in (offset, *size, *stride)):
                 raise ValueError("a tensor whose shape, stride or offset are not whole numbers of at least 0")
+            if len(size) > MAX_AXES:
+                raise ValueError(f"a tensor of {len(size)} axes")
             last = sum((count - 1) * step for count, step in zip(size, stride, strict=True))
-            if min(size, default=1) > 0 and offset + last >= storage.length:
+            if min(size, default=1) > 0 and max(offset + last + 1, prod(size)) > storage.length:
                 raise ValueError(f"a tensor of shape {size!r:.80} in {storage.length} elements")
             return Item.TENSOR
     raise ValueError("a call that torch.save would not write")
