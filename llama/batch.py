@@ -4,16 +4,19 @@
 """
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from llama.beam_search import BeamSearch
 from llama.decoding import decode, prefill
-from llama.distributed import broadcast_flag
+from llama.distributed import broadcast_flag, check_ranks_agree, model_parallel_size
 from llama.errors import InputError
+from llama.kv_cache import KVCache
 from llama.model_lock import lock_of
 from llama.non_finite import explain_non_finite
 from llama.out_of_memory import explain_generation, is_out_of_memory
@@ -21,7 +24,7 @@ from llama.positions import fixed_end, has_fixed_steps
 from llama.protocols import Cache, LanguageModel, TextTokenizer
 from llama.sampling import sample
 from llama.sampling_params import SamplingParams, check_prompts
-from llama.streaming import Piece, RowOutput, StopCriteria, produce_in_thread
+from llama.streaming import Piece, RowOutput, StopCriteria, Stopped, produce_in_thread
 
 
 class BatchOutput(NamedTuple):
@@ -37,7 +40,8 @@ def generate_batch(
     model: LanguageModel, tokenizer: TextTokenizer, prompt_tokens: Sequence[Sequence[int]], params: SamplingParams
 ) -> BatchOutput:
     """All answers to prompts of ids, when they are done."""
-    prompts = check_prompts(prompt_tokens, model, tokenizer, params)
+    check = functools.partial(check_on_all_ranks, "generate") if dist.is_initialized() else check_prompts
+    prompts = check(prompt_tokens, model, tokenizer, params)
     rows = range(len(prompts) * params.num_return_sequences)
     output = BatchOutput([[] for _ in rows], [[] for _ in rows], ["" for _ in rows], [None for _ in rows])
     with lock_of(model).turn():
@@ -64,9 +68,38 @@ def stream_batch(
         raise InputError(
             f"num_beams={params.num_beams}: beam search has no answer before it is done, so there is no stream"
         )
-    prompts = check_prompts(prompt_tokens, model, tokenizer, params)
+    check = functools.partial(check_on_all_ranks, "generate_stream") if dist.is_initialized() else check_prompts
+    prompts = check(prompt_tokens, model, tokenizer, params)
     produce = functools.partial(generate_pieces, model, tokenizer, prompts, params, text=text)
     return produce_in_thread(lock_of(model), produce)
+
+
+def check_on_all_ranks(
+    method: str,
+    prompt_tokens: Sequence[Sequence[int]],
+    model: LanguageModel,
+    tokenizer: TextTokenizer,
+    params: SamplingParams,
+) -> list[list[int]]:
+    """`check_prompts`; and InputError, on all ranks that share a model, unless they make the same call."""
+    error: InputError | None = None
+    prompts: list[list[int]] = []
+    try:
+        prompts = check_prompts(prompt_tokens, model, tokenizer, params)
+    except InputError as raised:
+        error = raised
+    if model_parallel_size() > 1:
+        digest = hashlib.sha256(repr(prompts).encode()).hexdigest()[:8]
+        arguments = {
+            name: repr(value) for name, value in vars(params).items() if name not in ("stop", "logits_processor")
+        }
+        arguments["logits_processor"] = "None" if params.logits_processor is None else "a function"
+        arguments["method"] = method
+        arguments["prompts"] = f"{len(prompts)} of {sum(map(len, prompts))} tokens with the checksum {digest}"
+        check_ranks_agree(arguments, error)
+    elif error is not None:
+        raise error
+    return prompts
 
 
 def generate_pieces(
@@ -83,28 +116,34 @@ def generate_pieces(
     Args:
         prompts: ids; they have passed `check_prompts`.
         text: whether the pieces are to have text, which is also searched for stop strings.
-        should_stop: asked after each step whether to end early. The first rank's answer counts, so that all ranks make
-            the same steps.
+        should_stop: asked after each step, and before each layer of the prefill, whether to end early. The first rank's
+            answer counts, so that all ranks make the same steps.
 
     Raises:
         ArithmeticError: the network computed NaN or infinity.
+        CheckpointError: a file that the weights are mapped from has been cut.
         MemoryError: not enough memory; the message says for what, and what to lower.
     """
+    if (mapped_files := getattr(model, "mapped_files", None)) is not None:
+        mapped_files.check()
     max_new_tokens = [min(params.max_gen_len, model.params.max_seq_len - len(prompt)) for prompt in prompts]
     rows_per_prompt = max(params.num_return_sequences, params.num_beams)
     prompt_of_row = [prompt for prompt in prompts for _ in range(rows_per_prompt)]
-    # The prompts: each is prefilled once and its row of the cache copied, or as often as it has rows, if that can't be.
+    is_left = None if should_stop is None else lambda: broadcast_flag(should_stop())
     score_prompts = params.echo and params.logprobs
+    # The prompts: each is prefilled once and its row of the cache copied, or as often as it has rows, if that can't be.
     try:
         setup_cache = getattr(model, "setup_cache", None)
         cache: Cache | None = setup_cache() if callable(setup_cache) else None
         start_pos = common_prefix(prompts, cache.tokens) if params.reuse_cache and cache is not None else 0
         if max(max_new_tokens) > 0 or score_prompts:
             prefilled, longest = prompts if cache is not None else prompt_of_row, max(map(len, prompts))
-            logits, prompt_logprobs = prefill(model, prefilled, start_pos, score_prompts)
-            if cache is not None and (min(map(len, prompts)) < longest or has_fixed_steps(logits.device)):
-                # What earlier calls have left there is masked, but 0 x NaN is NaN.
-                cache.clear(longest, fixed_end(longest + max(max_new_tokens), model.params.max_seq_len))
+            end = longest + max(max_new_tokens)
+            if isinstance(cache, KVCache) and has_fixed_steps(cache.keys.device):
+                cache.clear(longest, fixed_end(end, model.params.max_seq_len))  # masked, but 0 x NaN is NaN
+            elif cache is not None and min(map(len, prompts)) < longest:
+                cache.clear(longest, end)  # masked for shorter rows
+            logits, prompt_logprobs = prefill(model, prefilled, start_pos, score_prompts, is_left)
             for prompt, scores in zip(prefilled, prompt_logprobs, strict=False):
                 if any(map(math.isnan, scores)):
                     raise ArithmeticError(explain_non_finite(model, prompt))
@@ -113,6 +152,8 @@ def generate_pieces(
                 cache.reorder(source_rows, longest)
                 logits = logits.repeat_interleave(rows_per_prompt, dim=0)  # (rows, vocab_size)
                 prompt_logprobs = [scores for scores in prompt_logprobs for _ in range(rows_per_prompt)]
+    except Stopped:
+        return
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise MemoryError(explain_generation("prefill", prompts, rows_per_prompt)) from error
@@ -171,7 +212,7 @@ def generate_pieces(
                 yield from outputs[row].append(token, logprobs[row])
             if all(output.ended for output in outputs):
                 return
-            if should_stop is not None and broadcast_flag(should_stop()):
+            if is_left is not None and is_left():
                 return
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):

@@ -20,7 +20,7 @@ import platform
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,18 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from llama.captured import CapturedModel, has_hooks
+from llama.captured import CapturedModel
 from llama.distributed import model_parallel_size
 from llama.kv_cache import LayerCache
 from llama.model import Transformer
 from llama.quantized import COMPILED_INT8_IS_FAST, Int8Weight
+from llama.step_form import StepForm, is_hooked
 
 logger = logging.getLogger("llama")
 
 Function = Callable[[list[torch.Tensor]], list[torch.Tensor]]  # inputs, then weights -> the output, alone in a list
 MIN_SEQ_LEN = 4  # a shorter context has no step to compile
+EXAMPLE_POSITION = 2  # any that the compiler makes no special code for
 
 
 def compile_model(model: Transformer) -> None:
@@ -57,23 +59,20 @@ def compile_model(model: Transformer) -> None:
         logger.warning("compile=True has no effect on %s", device)
 
 
-class CompiledModel:
+class CompiledModel(StepForm):
     """The layers and the output of a network in compiled form, for steps of one token of one row.
 
     Attributes:
         layers: what takes the place of the network's layers; empty where they run as they are.
-        is_current: whether they are known to be those of the network as it is now. Set to False, it is looked at again.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.layers: list[Callable[..., torch.Tensor]] = []
-        self.is_current = False
         self._logits: Callable[[torch.Tensor], torch.Tensor]  # hidden states -> logits
+        self._slots: Sequence[torch.Tensor] = ()  # of the step's token in the cache: rows, heads, positions
         self._functions: tuple[Function, Function | None] | None = None  # of a layer, and of the output
         self._key = ""  # what they were compiled for, or could not be
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return CompiledModel, ()  # a copy of the network compiles for itself
 
     def step(
         self, model: Transformer, tokens: torch.Tensor, start_pos: int | torch.Tensor | None
@@ -84,23 +83,22 @@ class CompiledModel:
             model: the network, always the same.
             tokens, start_pos: see `Transformer.forward`.
         """
-        if start_pos is None or tokens.numel() != 1 or torch.is_autocast_enabled(tokens.device.type):
-            return None
-        end = model.check_call(tokens, start_pos)
+        end = self.end_of_step(model, tokens, start_pos)
         # From position 1 to the last but one: the compiler makes special code for sizes of 1 and for the whole cache.
-        if not 2 <= end < model.params.max_seq_len:
+        if end is None or len(tokens) > 1 or not 2 <= end < model.params.max_seq_len:
             return None
         if not self.is_current:
             self.refresh(model)
             self.is_current = True
         if not self.layers:
             return None
-        return self._logits(model.run_layers(tokens, torch.tensor([end - 1], device="cpu"), end, self.layers))
+        self._slots[-1].fill_(end - 1)
+        return self._logits(model.run_layers(tokens, end - 1, end, self.layers))
 
     def refresh(self, model: Transformer) -> None:
         """Make `layers` those of the network as it is now: a weight may have been replaced, or a hook registered."""
         self.layers = []
-        if has_hooks(model.layers) or has_hooks(model.output) or model.params.max_seq_len < MIN_SEQ_LEN:
+        if is_hooked(model.layers) or is_hooked(model.output) or model.params.max_seq_len < MIN_SEQ_LEN:
             return
         weights, output_weights = [weights_of(layer) for layer in model.layers], weights_of(model.output)
         descriptions = [describe(tensors) for tensors in weights]
@@ -119,7 +117,8 @@ class CompiledModel:
                 )
         if self._functions is not None:
             layer_function, output_function = self._functions
-            self.layers = [bind_layer(layer_function, list(tensors.values())) for tensors in weights]
+            self._slots = slots_of_step(model)
+            self.layers = [bind_layer(layer_function, self._slots, list(tensors.values())) for tensors in weights]
             self._logits = model.logits
             if output_function is not None:
                 self._logits = bind_output(output_function, list(output_weights.values()))
@@ -133,11 +132,20 @@ class CompiledModel:
         return layer, load_or_compile(folder / f"{key}-output.pt2", functools.partial(compile_output, model), "output")
 
 
-def bind_layer(function: Function, weights: list[torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """What takes a layer's place, with its weights."""
+@torch.inference_mode(False)  # so that they can be changed in any mode
+def slots_of_step(model: Transformer) -> tuple[torch.Tensor, ...]:
+    """The index, in a layer's cache, of the token of a step of one row: rows, heads, and positions, all 2 here."""
+    (cache, *_) = model.setup_cache().layers(1, 1, torch.tensor([EXAMPLE_POSITION], device="cpu"))
+    return cache.slots
+
+
+def bind_layer(
+    function: Function, slots: Sequence[torch.Tensor], weights: list[torch.Tensor]
+) -> Callable[..., torch.Tensor]:
+    """What takes a layer's place, with its weights, and with the slots that the step's keys and values go into."""
 
     def layer(h: torch.Tensor, freqs_cis: torch.Tensor, mask: torch.Tensor | None, cache: LayerCache) -> torch.Tensor:
-        return function([h, torch.view_as_real(freqs_cis), cache.keys, cache.values, *cache.slots, *weights])[0]
+        return function([h, torch.view_as_real(freqs_cis), cache.keys, cache.values, *slots, *weights])[0]
 
     return layer
 
@@ -215,10 +223,10 @@ def load(path: Path) -> Function:
 @torch.inference_mode(False)
 def compile_layer(model: Transformer, path: Path) -> Path:
     """Compile a layer of the network into a file."""
-    start_pos = 2  # any position that the compiler makes no special code for
+    start_pos = EXAMPLE_POSITION
     (cache, *_) = model.setup_cache().layers(1, 1, torch.tensor([start_pos], device="cpu"))
     h = model.norm.weight.new_zeros(1, 1, model.params.dim)
-    freqs_cis = torch.view_as_real(model.freqs_cis[start_pos][None, None].to(h.device))
+    freqs_cis = torch.view_as_real(model.freqs_cis[start_pos][None].to(h.device))
     end = torch.export.Dim("end", min=2, max=model.params.max_seq_len - 1)
     inputs = (h, freqs_cis, cache.keys, cache.values, *cache.slots)
     sizes = (None, None, {2: end}, {2: end}, None, None, None)

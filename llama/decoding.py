@@ -13,13 +13,18 @@ from llama.distributed import broadcast
 from llama.model import Transformer
 from llama.protocols import LanguageModel
 from llama.sampling import token_logprobs
+from llama.streaming import stoppable
 
 MAX_LOGITS = 2**25  # prompts are scored in blocks of positions with at most about this many logits (128 MB)
 
 
 @torch.inference_mode()
 def prefill(
-    model: LanguageModel, prompts: list[list[int]], start_pos: int = 0, logprobs: bool = False
+    model: LanguageModel,
+    prompts: list[list[int]],
+    start_pos: int = 0,
+    logprobs: bool = False,
+    should_stop: Callable[[], bool] | None = None,
 ) -> tuple[torch.Tensor, list[list[float]]]:
     """Pass all prompts through the network at once, and so into its cache.
 
@@ -27,6 +32,7 @@ def prefill(
         prompts: ids; rows may differ in length.
         start_pos: this many tokens of each prompt are in the cache already.
         logprobs: also score the prompts' own tokens; `start_pos` must be 0 then.
+        should_stop: asked before each layer whether to raise `Stopped`, since a long prompt may take many seconds.
 
     Returns:
         The logits of the token after each prompt, (batch, vocab_size) float32; and the logprobs of the prompts' tokens.
@@ -39,7 +45,8 @@ def prefill(
     tokens = torch.tensor(padded, dtype=torch.long, device="cpu" if weight is None else weight.device)  # (batch, seq)
     head: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.float
     if isinstance(model, Transformer) and getattr(model.forward, "__func__", None) is Transformer.forward:
-        hidden, head = model.hidden_states(tokens, start_pos), model.logits  # (batch, seq, dim)
+        layers = None if should_stop is None else stoppable(model.layers, should_stop)
+        hidden, head = model.hidden_states(tokens, start_pos, layers), model.logits  # (batch, seq, dim)
     else:  # a network or `forward` of the caller's own: the logits of every position
         hidden = model.forward(tokens, start_pos)  # (batch, seq, vocab_size)
     seq = longest - start_pos

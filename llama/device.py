@@ -1,7 +1,6 @@
 """Which device a model runs on, and in which dtype."""
 
 import os
-import socket
 
 import torch
 
@@ -36,18 +35,18 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def gpu_identity(device: torch.device) -> str:
-    """Which GPU of which machine a CUDA device is: its number alone says that to no other process. "" for others."""
-    if device.type != "cuda":
-        return ""
-    return f"{socket.gethostname()} ({torch.cuda.get_device_properties(device).uuid})"
+    """Which GPU a CUDA device is: its number alone says that to no other process. "" for other devices."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
 def choose_dtype(dtype: torch.dtype | None, device: torch.device, quantize: str | None = None) -> torch.dtype:
     """The dtype of a model's weights and cache: `dtype`, or `default_dtype` for None.
 
     Raises:
-        InputError: the device has no such dtype.
+        InputError: weights have no such dtype, or the device doesn't.
     """
+    if dtype not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise InputError(f"dtype={dtype!r} must be torch.bfloat16, float16, float32 or float64")
     if dtype == torch.float64 and device.type == "mps":
         raise InputError("dtype=torch.float64 can't be used on mps, which has no float64: use torch.float32")
     return default_dtype(device, quantize) if dtype is None else dtype
@@ -90,6 +89,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def copy_without_wait(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on this device; if it is CUDA, the host doesn't wait until the device gets to the copy.
 
-    Elsewhere the host's memory might be used for something else by then.
+    CUDA keeps a copy of a small tensor until then. Other devices, such as MPS, would read the host's memory later, when
+    it may hold something else: there the host waits.
     """
     return tensor.to(device, non_blocking=device.type == "cuda")

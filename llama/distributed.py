@@ -16,10 +16,13 @@ import json
 import logging
 import os
 import pickle
+import signal
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -34,12 +37,12 @@ Value = TypeVar("Value")
 
 TORCHRUN_VARIABLES = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
-TIMEOUT = timedelta(minutes=30)  # of what the network sends: far more than it takes, unless a process hangs
+TIMEOUT = timedelta(minutes=30)  # of the process group; the model-parallel groups, which fairscale makes, have torch's
 WAITING_TIMEOUT = timedelta(days=365)
 
 # What is sent from one rank to another has a tag, since a stream's thread may send flags while other threads send other
 # things.
-FLAG_TAG, PART_TAG = 1, 2
+FLAG_TAG, PART_TAG, CALL_TAG, PROCESSOR_TAG = 1, 2, 3, 4
 
 
 def model_parallel_size() -> int:
@@ -74,7 +77,7 @@ class RankDevice(NamedTuple):
     """The device that a process has chosen: what the others must know of it."""
 
     name: str  # e.g. "cuda:0"; "" if there is none
-    gpu: str  # which GPU of which machine that is: another process may have it under another number; "" if it is none
+    gpu: str  # which GPU that is: another process may have it under another number; "" if it is none
     problem: str  # why there is none
 
 
@@ -159,8 +162,17 @@ def _join(device: str | torch.device | None) -> torch.device:
             device_id=chosen if is_cuda else None,
         )
         atexit.register(_destroy_groups)  # otherwise gloo's threads may abort the process as it ends
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            threading.Thread(target=_end_with_torchrun, args=(os.getppid(),), daemon=True, name="torchrun").start()
         waiting_group()  # made here, since later several threads may need it at once
     return chosen
+
+
+def _end_with_torchrun(torchrun: int) -> None:
+    """End this process if torchrun, the parent that would end it, is killed."""
+    while os.getppid() == torchrun:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 _n_joined = itertools.count()
@@ -191,9 +203,9 @@ def _check_devices(device: str | torch.device | None, devices: list[RankDevice],
         raise InputError(
             f"device={device!r}: the processes have different kinds of devices, {[other.name for other in devices]}"
         )
-    first_ranks: dict[RankDevice, int] = {}  # of each GPU
+    first_ranks: dict[str, int] = {}  # of each GPU
     for rank, other in enumerate(devices):
-        first = first_ranks.setdefault(other, rank)
+        first = first_ranks.setdefault(other.gpu, rank)
         if first != rank and other.gpu and uses_nccl:
             raise InputError(
                 f"device={device!r}: ranks {first} and {rank} have the same GPU, {other.name} of {other.gpu}, and NCCL "
@@ -288,6 +300,68 @@ def gather(tensor: torch.Tensor) -> list[torch.Tensor]:
     return parts
 
 
+def _destroy_waiting_groups() -> None:
+    """Destroy the groups that `waiting_group` made; their threads may abort a process that ends with them."""
+    group = _waiting_groups.pop(cast(dist.ProcessGroup, dist.group.WORLD), None) if dist.is_initialized() else None
+    if group is not None:
+        dist.destroy_process_group(group)
+    _waiting_groups.clear()
+
+
+def check_ranks_agree(facts: dict[str, str], error: BaseException | None = None, tag: int = CALL_TAG) -> None:
+    """Compare something with the other model-parallel ranks, which must all call this at the same time.
+
+    Args:
+        facts: what must be the same on every rank, by name.
+        error: what this rank would raise.
+        tag: another one for each thread that may be here at the same time.
+
+    Raises:
+        The error of the lowest rank that has one, or else InputError naming what differs: the same on all ranks.
+    """
+    first, *others = ranks = dist.get_process_group_ranks(groups.get_model_parallel_group())
+    mine = (facts, _picklable(error))
+    try:
+        if dist.get_rank() == first:
+            answers = [mine, *(_receive(rank, tag) for rank in others)]
+            for rank in others:
+                _send(answers, rank, tag)
+        else:
+            _send(mine, first, tag)
+            answers = _receive(first, tag)
+    except RuntimeError as closed:
+        raise RuntimeError("another process has ended, or has failed with an error of its own") from closed
+    if error is not None:
+        raise error
+    for _, other_error in answers:
+        if other_error is not None:
+            raise other_error
+    for rank, (theirs, _) in zip(ranks, answers, strict=True):
+        ours = answers[0][0]
+        differ = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        if differ:
+            described = [f"{name} is {ours.get(name)} and {theirs.get(name)}" for name in differ]
+            raise InputError(
+                f"every process must make the same call, but on ranks {first} and {rank} {', '.join(described)}"
+            )
+
+
+def _send(value: Any, rank: int, tag: int) -> None:
+    """Send an object to a rank, which must call `_receive`."""
+    data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    dist.send(torch.tensor([len(data)], device="cpu"), rank, group=waiting_group(), tag=tag)
+    dist.send(data, rank, group=waiting_group(), tag=tag)
+
+
+def _receive(rank: int, tag: int) -> Any:
+    """The object that a rank sends."""
+    size = torch.zeros(1, dtype=torch.long, device="cpu")
+    dist.recv(size, rank, group=waiting_group(), tag=tag)
+    data = torch.empty(int(size), dtype=torch.uint8, device="cpu")
+    dist.recv(data, rank, group=waiting_group(), tag=tag)
+    return pickle.loads(bytes(data.tolist()))
+
+
 _waiting_groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = weakref.WeakKeyDictionary()
 
 
@@ -299,6 +373,8 @@ def waiting_group() -> dist.ProcessGroup:
     """
     world = cast(dist.ProcessGroup, dist.group.WORLD)  # another object for each process group
     if world not in _waiting_groups:
+        if not _waiting_groups:
+            atexit.register(_destroy_waiting_groups)
         _waiting_groups[world] = dist.new_group(backend="gloo", timeout=WAITING_TIMEOUT)
     return _waiting_groups[world]
 

@@ -55,9 +55,9 @@ class Switch:
 
 _switches: "weakref.WeakSet[Switch]" = weakref.WeakSet()
 # Without it, products in 16 bits are torch's own: for one or two rows three times as fast.
-ONEDNN = Switch(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled)
+ONEDNN_SWITCH = Switch(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled)
 # On Hopper and later GPUs torch prefers its attention, which makes a plan for each new length: 20 to 40 ms a token.
-CUDNN_ATTENTION = Switch(torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp)
+CUDNN_ATTENTION_SWITCH = Switch(torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp)
 
 
 def fast_kernels(rows: int, weight: torch.Tensor) -> contextlib.AbstractContextManager[None]:
@@ -65,10 +65,10 @@ def fast_kernels(rows: int, weight: torch.Tensor) -> contextlib.AbstractContextM
     if torch.compiler.is_compiling():
         return contextlib.nullcontext()
     if weight.is_cuda:
-        return CUDNN_ATTENTION.off()
+        return CUDNN_ATTENTION_SWITCH.off()
     in_16_bits = weight.dtype in (torch.bfloat16, torch.float16)
     if NATIVE_IS_FAST and rows <= NATIVE_ROWS and in_16_bits and weight.device.type == "cpu":
-        return ONEDNN.off()
+        return ONEDNN_SWITCH.off()
     return contextlib.nullcontext()
 
 

@@ -44,7 +44,7 @@ def attention(xq: torch.Tensor, xk: torch.Tensor, xv: torch.Tensor, mask: torch.
     Args:
         xq: (batch, heads, queries, head_dim)
         xk, xv: (batch, heads, end, head_dim)
-        mask: True where a query may attend, broadcast to (batch, heads, queries, end); None if everywhere.
+        mask: added to the scores, 0 or minus infinity, broadcast to (batch, heads, queries, end); None for none.
 
     Returns:
         (batch, heads, queries, head_dim)

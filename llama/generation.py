@@ -28,7 +28,6 @@ from llama.device import choose_dtype
 from llama.dialog import ChatPrediction, CompletionPrediction, Dialog, Message, Role
 from llama.errors import InputError
 from llama.protocols import DialogFormat, LanguageModel, TextTokenizer
-from llama.quantized import check_quantize
 from llama.sampling import sample_top_p
 from llama.sampling_params import SamplingOptions, SamplingParams, check_number
 from llama.streaming import Piece
@@ -77,6 +76,7 @@ class Llama:
         dtype: torch.dtype | None = None,
         quantize: str | None = None,
         compile: bool = False,
+        mmap: bool = True,
     ) -> "Llama":
         """Load a checkpoint, in one process or under torchrun.
 
@@ -94,6 +94,7 @@ class Llama:
             dtype: of weights and cache; None for `llama.device.default_dtype`.
             quantize: "int8" or "int4" keeps the matrices in so many bits: see `llama.quantized`.
             compile: run decoding steps in a faster form: see `llama.compiled`, and `llama.captured` for CUDA.
+            mmap: use weights where their files are mapped, if they need not be converted; False copies them.
 
         Raises:
             MissingFileError: no such folder or file, or no checkpoint in it.
@@ -105,9 +106,6 @@ class Llama:
         check_number("max_seq_len", max_seq_len, 1, integer=True)
         check_number("max_batch_size", max_batch_size, 1, integer=True)
         check_number("seed", seed, -(2**63), 2**64 - 1, integer=True)  # as torch.manual_seed takes it
-        if dtype not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
-            raise InputError(f"dtype={dtype!r} must be torch.bfloat16, float16, float32 or float64")
-        check_quantize(quantize, dtype)
         checkpoint = open_checkpoint(ckpt_dir)
         tokenizer = checkpoint.tokenizer(tokenizer_path)
         args = checkpoint.settings.model_args(tokenizer.n_words, max_seq_len, max_batch_size)
@@ -117,9 +115,9 @@ class Llama:
         distributed.silence_stdout()
         dtype = choose_dtype(dtype, chosen_device, quantize)
         args.check(distributed.model_parallel_size())
-        check_memory(args, chosen_device, dtype, quantize)
+        check_memory(args, chosen_device, dtype, quantize, mmap)
         with explain_out_of_memory(args, chosen_device, dtype, quantize):
-            model = load_model(checkpoint, args, device=chosen_device, dtype=dtype, quantize=quantize)
+            model = load_model(checkpoint, args, device=chosen_device, dtype=dtype, quantize=quantize, mmap=mmap)
             model.setup_cache()
         if compile:
             compile_model(model)
@@ -155,7 +153,7 @@ class Llama:
 
         Raises:
             InputError: an argument out of range, or a combination that makes no sense; the message says what is right.
-            ArithmeticError: the network computed NaN or infinity.
+            ArithmeticError, MemoryError: the network computed NaN or infinity; or there was not enough memory.
         """
         params = SamplingParams(max_gen_len, temperature, top_p, logprobs, echo, **options)
         output = generate_batch(self.model, self.tokenizer, prompt_tokens, params)

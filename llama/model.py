@@ -171,8 +171,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x) (arXiv 2002.05202).
 
-    Args:
-        hidden_dim: the width, before the rule of `feed_forward_size`; with multiple_of=None, the width itself.
+    `hidden_dim` is the width before the rule of `feed_forward_size`; with multiple_of=None, the width itself.
     """
 
     def __init__(
@@ -264,15 +263,17 @@ class Transformer(nn.Module):
             logits = None if self.compiled is None else self.compiled.step(self, tokens, start_pos)
             return self.logits(self.hidden_states(tokens, start_pos)) if logits is None else logits
 
-    def hidden_states(self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None = None) -> torch.Tensor:
-        """`forward` without its last step: (batch, seq, dim). `logits` of the positions that are needed is the rest."""
+    def hidden_states(
+        self, tokens: torch.Tensor, start_pos: int | torch.Tensor | None = None, layers: Iterable[Layer] | None = None
+    ) -> torch.Tensor:
+        """`forward` without `logits`: (batch, seq, dim). `layers`, if given, are run in place of the network's."""
         end, max_seq_len = self.check_call(tokens, start_pos), self.params.max_seq_len
-        if self.compiled is not None:
-            self.compiled.is_current = False  # before the next prompt, the network may be changed
+        if self.compiled is not None and tokens.shape[1] > 1:
+            self.compiled.is_current = False  # before this prompt, the network may have been changed
         if start_pos is not None and tokens.shape[1] == 1 and has_fixed_steps(tokens.device):
             start_pos, end = step_positions(start_pos, len(tokens), tokens.device), fixed_end(end, max_seq_len)
         with torch.set_grad_enabled(torch.is_grad_enabled() and start_pos is None):
-            return self.run_layers(tokens, start_pos, end, self.layers)
+            return self.run_layers(tokens, start_pos, end, self.layers if layers is None else layers)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., dim) -> (..., vocab_size) float32."""

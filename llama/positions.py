@@ -8,7 +8,7 @@ from llama.device import copy_without_wait
 
 FIXED_STEPS_ON = ("cuda",)  # kinds of devices
 SHORTEST_END = 256  # positions that a decoding step of fixed shape attends to, at least
-ALIGNMENT = 8  # at whose multiples the rows of a mask begin: torch would else lay it out anew in every layer on a GPU
+ALIGNMENT = 8  # rows of a mask begin at multiples of it: on a GPU torch's attention copies one whose rows don't
 
 
 def has_fixed_steps(device: torch.device) -> bool:

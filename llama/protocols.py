@@ -55,7 +55,7 @@ class Cache(Protocol):
     tokens: list[list[int]]
 
     def reorder(self, rows: torch.Tensor, end: int) -> None:
-        """Make row i hold what row `rows[i]` holds, up to position `end`."""
+        """Make row i hold what row `rows[i]` holds, up to position `end`. `rows` is (rows) int64, on any device."""
         ...
 
     def clear(self, start: int, end: int) -> None:

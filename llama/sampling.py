@@ -22,18 +22,19 @@ def sample(
         top_k: sample from this many of the likeliest tokens; None for all.
 
     Returns:
-        (batch) ids; -1 for a row that holds NaN or infinity, or nothing above minus infinity (since to raise an
-        exception the host would have to wait for the device).
+        (batch) ids; -1 for a row with NaN, infinity or no token left (to raise, the host would wait for the device).
     """
-    finite = logits.amax(dim=-1).isfinite()  # (batch); NaN counts as the greatest of all
+    highest = logits.amax(dim=-1, keepdim=True)  # (batch, 1); NaN counts as the greatest of all
+    finite = highest.isfinite()
     if temperature == 0 or top_k == 1:
         next_token = logits.argmax(dim=-1)
     else:
-        logits = torch.where(finite[:, None], logits, 0.0) / temperature  # torch.multinomial refuses NaN
+        fits = (highest / temperature).isfinite()  # else differences are divided (torch.multinomial refuses NaN)
+        logits = torch.where(fits, logits, torch.where(finite, logits - highest, 0.0)) / temperature
         if top_k is not None:
             logits = keep_top_k(logits, top_k)
         next_token = sample_top_p(torch.softmax(logits, dim=-1), top_p, generator=generator).squeeze(-1)
-    return torch.where(finite, next_token, -1)
+    return torch.where(finite.squeeze(-1), next_token, -1)
 
 
 def sample_top_p(probs: torch.Tensor, p: float, *, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -59,8 +60,7 @@ def sample_top_p(probs: torch.Tensor, p: float, *, generator: torch.Generator | 
         nucleus = F.pad(nucleus, (0, vocab_size - count))
     nucleus = nucleus / nucleus.sum(dim=-1, keepdim=True)
     if has_fixed_steps(probs.device):  # what torch.multinomial does, but for its checks: they make the host wait
-        noise = torch.empty_like(nucleus).exponential_(generator=generator)
-        choice = (nucleus / noise).argmax(dim=-1, keepdim=True)
+        choice = (nucleus / torch.empty_like(nucleus).exponential_(generator=generator)).argmax(dim=-1, keepdim=True)
     else:
         choice = torch.multinomial(nucleus, num_samples=1, generator=generator)
     if count < vocab_size and ((probs == sorted_probs.gather(-1, choice)).sum(dim=-1) > 1).any():
@@ -92,7 +92,7 @@ def sampling_probs(logits: torch.Tensor, temperature: float, top_p: float, top_k
     """The probability with which `sample` samples each token: (batch, vocab_size) -> (batch, vocab_size)."""
     if temperature == 0 or top_k == 1:
         return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(logits.dtype)
-    scaled = logits / temperature
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     probs = torch.softmax(scaled if top_k is None else keep_top_k(scaled, top_k), dim=-1)
     if top_p == 1:  # rounding of the sums might cut off the last few
         return probs

@@ -8,7 +8,9 @@ from operator import index
 from typing import Any, Literal, TypedDict
 
 import torch
+import torch.distributed as dist
 
+from llama.distributed import PROCESSOR_TAG, check_ranks_agree, model_parallel_size
 from llama.errors import InputError
 from llama.model_lock import lock_of
 from llama.protocols import LanguageModel, TextTokenizer
@@ -128,8 +130,24 @@ class SamplingParams:
         """
         if self.logits_processor is None:
             return logits
+        if not dist.is_initialized() or model_parallel_size() == 1:
+            return self._processed(self.logits_processor, model, tokens, logits)
+        processed, rows = logits, ""
+        error: BaseException | None = None
+        try:
+            processed = self._processed(self.logits_processor, model, tokens, logits)
+            rows = str(processed.amax(dim=-1).isfinite().nonzero().flatten().tolist())
+        except BaseException as raised:  # raised on all ranks, which would otherwise wait for this one
+            error = raised
+        check_ranks_agree({"rows for which the logits_processor leaves a token to choose": rows}, error, PROCESSOR_TAG)
+        return processed
+
+    def _processed(
+        self, processor: LogitsProcessor, model: LanguageModel, tokens: list[list[int]], logits: torch.Tensor
+    ) -> torch.Tensor:
+        """`process`, on this rank alone."""
         with lock_of(model).calling_processor():
-            processed = self.logits_processor(tokens, logits.clone())
+            processed = processor(tokens, logits.clone())
         if not isinstance(processed, torch.Tensor) or processed.shape != logits.shape:
             raise InputError(
                 f"logits_processor must return logits of shape {tuple(logits.shape)}, not "

@@ -6,16 +6,17 @@ still become one.
 
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextvars import copy_context
 from queue import SimpleQueue
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 
 from llama.distributed import model_parallel_size
 from llama.model_lock import Call, ModelLock
 
+Part = TypeVar("Part")
 EndReason = Literal["stop", "length"]
 WINDOW = 32  # ids that are decoded together, so that the time of a step doesn't grow with the answer
 SHORTEST_WINDOW = 8  # ids that are kept of them: their text may begin within a character, but not end there
@@ -163,6 +164,18 @@ class RowOutput:
             if any(string.startswith(self._text[-length:]) for string in self._criteria.stop_strings):
                 return length
         return 0
+
+
+class Stopped(Exception):
+    """Nobody waits for the result any more."""
+
+
+def stoppable(parts: Iterable[Part], should_stop: Callable[[], bool]) -> Iterator[Part]:
+    """The parts of some work, one after the other; raises `Stopped` before one of them if `should_stop()`."""
+    for part in parts:
+        if should_stop():
+            raise Stopped
+        yield part
 
 
 class StreamEnd(NamedTuple):

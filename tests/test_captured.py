@@ -19,18 +19,19 @@ PROMPT = list(range(3, 20))
 
 
 class Graph:
-    """Repeats a function at each replay, into the tensor that its first call returned."""
+    """Does at each replay what it has captured, again."""
 
     graphs: ClassVar[list["Graph"]] = []
 
-    def __init__(self, run, pool):
-        self.run, self.output, self.n_replays = run, run().clone(), 0
+    def __init__(self, run, device, pool):
+        self.run, self.n_replays = run, 0
         self._pool = object() if pool is None else pool
+        run()
         Graph.graphs.append(self)
 
     def replay(self):
         self.n_replays += 1
-        self.output.copy_(self.run())
+        self.run()
 
     def pool(self):
         return self._pool
@@ -39,13 +40,8 @@ class Graph:
 @pytest.fixture(autouse=True)
 def cuda_on_the_cpu(monkeypatch):
     """Steps have a fixed shape, of 16, 32, ... positions, and are captured by `Graph`."""
-
-    def capture(run, device, pool):
-        graph = Graph(run, pool)
-        return graph, graph.output
-
     monkeypatch.setattr(Graph, "graphs", [])
-    monkeypatch.setattr(captured, "capture", capture)
+    monkeypatch.setattr(captured, "capture", Graph)
     monkeypatch.setattr(positions, "FIXED_STEPS_ON", ("cpu",))
     monkeypatch.setattr(positions, "SHORTEST_END", 16)
 
@@ -200,3 +196,63 @@ def test_compile_on_a_gpu_captures():
         model = on_gpu(torch.bfloat16)
         compile_model(model)
         assert isinstance(model.compiled, CapturedModel)
+
+
+def test_out_of_memory_gives_the_graphs_back_and_is_raised(monkeypatch):
+    model, plain = captured_model(), tiny_model()
+    steps(model, 5, 20)
+
+    def fail(run, device, pool):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(captured, "capture", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            steps(model, 20, 40)
+        with pytest.raises(MemoryError, match="not enough memory to decode"):
+            llama(model).generate([PROMPT], 30, 0)
+    assert not model.compiled._graphs
+    assert torch.equal(steps(model, 20, 40), steps(plain, 20, 40))  # the next time there may be enough
+
+
+def test_a_step_writes_nowhere_else():
+    """The position after it may hold a token: of a program that goes back."""
+    model, plain = captured_model(), tiny_model()
+    steps(model, 5, 40)
+    steps(plain, 5, 40)
+    for network in (model, plain):
+        with torch.inference_mode():
+            network.forward(torch.tensor([[9]]), 3)
+    assert torch.equal(model.cache.keys, plain.cache.keys)
+
+
+def test_prompts_of_one_token():
+    """They look like steps, and the network may have been changed before them; what the cache holds may be NaN."""
+    model, plain, other = captured_model(), tiny_model(), tiny_model(seed=1)
+    for network in (model, plain):
+        llama(network).generate([[5]], 5, 0)
+        network.layers[1].attention.wo.weight = other.layers[1].attention.wo.weight
+    assert llama(model).generate([[5]], 5, 0) == llama(plain).generate([[5]], 5, 0)
+    model.cache.keys[:] = torch.nan
+    assert llama(model).generate([[5]], 5, 0) == llama(plain).generate([[5]], 5, 0)
+
+
+def test_off_the_gpu_steps_run_as_they_are(monkeypatch):
+    model, plain = captured_model(), tiny_model()
+    monkeypatch.setattr(positions, "FIXED_STEPS_ON", ())
+    assert torch.equal(steps(model, 5, 40), steps(plain, 5, 40))
+    assert not Graph.graphs
+
+
+def test_steps_look_at_the_network_once_a_prompt(monkeypatch):
+    """Also those that can't be captured."""
+    looks = []
+    look = CapturedModel._forget_if_changed
+    monkeypatch.setattr(CapturedModel, "_forget_if_changed", lambda *arguments: looks.append(1) or look(*arguments))
+    model = captured_model()
+    hook = model.layers[0].register_forward_hook(lambda *_: None)
+    steps(model, 5, 40)
+    assert len(looks) == 1
+    hook.remove()
+    steps(model, 5, 40)
+    assert len(looks) == 2

@@ -244,3 +244,12 @@ def test_under_autocast_steps_run_as_they_are():
     model, plain = compiled_model(), tiny_model()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(steps(model, 5, 20), steps(plain, 5, 20))
+
+
+def test_prompts_of_one_token_are_looked_at_too():
+    model, other = compiled_model(), tiny_model(seed=1)
+    llama(model).generate([[5]], 5, 0)
+    plain = tiny_model()
+    for network in (model, plain):
+        network.layers[1].attention.wo.weight = other.layers[1].attention.wo.weight
+    assert llama(model).generate([[5]], 5, 0) == llama(plain).generate([[5]], 5, 0)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import tiny_model
 from fake_gpu import fake_gpu, on_gpu
 
-from llama.fast_kernels import CUDNN_ATTENTION, NATIVE_IS_FAST, ONEDNN, Switch, fast_kernels
+from llama.fast_kernels import CUDNN_ATTENTION_SWITCH, NATIVE_IS_FAST, ONEDNN_SWITCH, Switch, fast_kernels
 
 
 class OnOff:
@@ -88,7 +88,7 @@ def test_one_or_two_rows_in_16_bits_are_multiplied_without_onednn():
             faster_without = NATIVE_IS_FAST and rows < 3 and dtype != torch.float32
             assert is_on() == (chosen and not faster_without)
         assert is_on() == chosen
-    assert ONEDNN is not CUDNN_ATTENTION
+    assert ONEDNN_SWITCH is not CUDNN_ATTENTION_SWITCH
 
 
 @torch.no_grad()

@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama import Llama, Tokenizer
+from llama.batch import generate_pieces
 from llama.default_model import default_checkpoint
+from llama.sampling_params import SamplingParams
 from llama.streaming import WINDOW, RowOutput, StopCriteria, TextStream
 
 TEXTS = [
@@ -451,3 +453,20 @@ def test_the_default_model_s_stream():
     texts = [piece.text for piece in llama.chat_completion_stream([dialog], 0, max_gen_len=60)]
     assert "".join(texts) == expected
     assert len(texts) > 10
+
+
+def test_a_stream_may_be_left_before_the_prompt_is_prefilled():
+    """Which takes many seconds where it is long."""
+    model = tiny_model(n_layers=6)
+    layers_run = []
+    hooks = [layer.register_forward_hook(lambda *_: layers_run.append(1)) for layer in model.layers]
+    params = SamplingParams(10, 0)
+    pieces = generate_pieces(
+        model, ScriptedTokenizer(()), [[5, 6, 7]], params, text=False, should_stop=lambda: len(layers_run) >= 2
+    )
+    assert list(pieces) == []
+    assert len(layers_run) == 2
+    for hook in hooks:
+        hook.remove()
+    tokens = Llama(model, ScriptedTokenizer(())).generate([[5, 6, 7]], 10, 0)
+    assert tokens == Llama(tiny_model(n_layers=6), ScriptedTokenizer(())).generate([[5, 6, 7]], 10, 0)

@@ -3,6 +3,7 @@
 import ctypes
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from llama.checkpoint.base import Checkpoint, Settings
 from llama.checkpoint.gguf import GGUFCheckpoint, model_file_name
 from llama.checkpoint.hugging_face import HuggingFaceCheckpoint, read_config_json
 from llama.checkpoint.lora_adapter import ADAPTER_CONFIG, describe_adapter
+from llama.checkpoint.mapped_files import mapped_files
 from llama.checkpoint.meta import MetaCheckpoint, read_params_json_without_weights
 from llama.checkpoint.parameters import Share, parameter_shapes, quantization_of, share
 from llama.checkpoint.progress import progress
@@ -126,6 +128,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     quantize: str | None = None,
+    mmap: bool = True,
 ) -> Transformer:
     """The network with this process's share of the checkpoint's weights.
 
@@ -138,6 +141,7 @@ def load_model(
         device, dtype: of the weights.
         quantize: keep the matrices in fewer bits: "int8" or "int4", see `quantization_of`; `dtype` is then that of the
             other weights, of the scales and of the activations.
+        mmap: False: copy all weights into memory, so that nothing that happens to the files matters.
 
     Raises:
         InputError: see `check_quantize`.
@@ -154,7 +158,8 @@ def load_model(
             weight: nn.Parameter | QuantizedWeight
             if quantization is None:
                 read = checkpoint.read(name, *part)
-                weight = nn.Parameter(read.to(dtype).to(device).contiguous())  # in this order: MPS has no float64
+                tensor = read.to(dtype).to(device).contiguous()  # in this order: MPS has no float64
+                weight = nn.Parameter(tensor if mmap or tensor.data_ptr() != read.data_ptr() else tensor.clone())
                 if quantize is not None:
                     checkpoint.release(name)
             else:
@@ -163,6 +168,7 @@ def load_model(
             set_weight(model.get_submodule(name.removesuffix(".weight")), weight)
     if args.tie_embeddings:
         set_weight(model.output, model.tok_embeddings.weight)
+    cast(Any, model).mapped_files = mapped_files(model)
     return model
 
 

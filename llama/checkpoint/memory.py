@@ -103,20 +103,25 @@ def cache_bytes(args: ModelArgs, dtype: torch.dtype, size: int) -> int:
     return 2 * args.n_layers * positions * max(args.kv_heads // size, 1) * args.head_size * dtype.itemsize
 
 
-def check_memory(args: ModelArgs, device: torch.device, dtype: torch.dtype, quantize: str | None = None) -> None:
+def check_memory(
+    args: ModelArgs, device: torch.device, dtype: torch.dtype, quantize: str | None = None, mmap: bool = True
+) -> None:
     """Log the memory that a model is about to take, and compare it with the free memory, on the CPU and on CUDA.
 
     On the CPU the operating system kills a process that uses more than there is, without an explanation. Weights in the
-    dtype may be mapped from their files there, which needs no free memory: where only they don't fit, there is a
-    warning. On CUDA everything must fit into the GPU, and it is better to know before minutes of loading.
+    dtype may be mapped from their files there (unless `mmap` is False), which needs no free memory: where only they
+    don't fit, there is a warning. On CUDA everything must fit into the GPU, and it is better to know before minutes of
+    loading.
 
     Raises:
+        InputError: see `check_quantize`.
         MemoryError: on any process what is allocated is larger than the free memory.
     """
+    check_quantize(quantize, dtype)
     logger.info("%s parameters: %s", f"{parameter_count(args):,}", _describe(args, device, dtype, quantize))
     free, size = free_memory(device), model_parallel_size()
     weights = _weight_bytes_by_quantization(args, dtype, size, quantize)
-    mapped = weights.pop(None, 0) if device.type == "cpu" else 0
+    mapped = weights.pop(None, 0) if device.type == "cpu" and mmap else 0
     allocated = cache_bytes(args, dtype, size) + weights.total()
     if device.type == "cpu":  # the machine's processes share its memory
         n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

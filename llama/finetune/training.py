@@ -1,5 +1,6 @@
 """The training loop."""
 
+import contextlib
 import functools
 import logging
 import math
@@ -10,8 +11,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from llama.distributed import data_parallel_size, is_first_rank, sum_over_data_parallel
+from llama.checkpoint.parameters import parameter_count
+from llama.distributed import data_parallel_size, is_first_rank, sum_over_data_parallel, sum_over_model_parallel
+from llama.fast_kernels import CUDNN_ATTENTION_SWITCH
 from llama.finetune.data import Example, make_batch, shuffled
+from llama.finetune.interruption import Interruption
 from llama.finetune.lora import add_lora, merge_lora
 from llama.finetune.loss import mean_loss, shard, summed_loss
 from llama.finetune.optimizer import Optimizer, learning_rate
@@ -41,6 +45,8 @@ def train(
     Raises:
         InputError: the model is quantized.
         ArithmeticError: the loss or the gradient is NaN or infinity.
+        OSError: the disk has not enough space for the states and the checkpoint, which is told before the first step.
+        KeyboardInterrupt: there was a Ctrl-C; the state of the step that was at work then is saved.
     """
     select_trainable(model, params)
     if params.activation_checkpointing:
@@ -60,6 +66,9 @@ def train(
         f"{sum(parameter.numel() for parameter in model.parameters()):,}",
     )
 
+    device = model.norm.weight.device
+    state_bytes = int(sum_over_model_parallel(torch.tensor(optimizer.state_bytes(), device=device)).item())
+    folder.check_disk_space(state_bytes, parameter_count(model.params) * model.norm.weight.dtype.itemsize)
     first_step = resume(optimizer, folder)
     progress = tqdm(
         range(first_step, steps),
@@ -70,33 +79,37 @@ def train(
         disable=None if is_first_rank() else True,  # None: shown on a terminal only
     )
     order = shuffled(training, first_step // steps_per_epoch, params.seed)
-    for step in progress:
-        epoch, step_of_epoch = divmod(step, steps_per_epoch)
-        if step_of_epoch == 0:
-            log_validation_loss(model, validation, params, folder, step)
-            order = shuffled(training, epoch, params.seed)
-        examples = order[step_of_epoch * examples_per_step : (step_of_epoch + 1) * examples_per_step]
-        rate = learning_rate(step, steps, params.peak_lr, params.warmup)
-        begin = time.perf_counter()
-        loss, norm = train_step(model, optimizer, examples, rate, params)
-        tokens_per_second = sum(len(example.tokens) for example in examples) / (time.perf_counter() - begin)
-        if not math.isfinite(loss + norm):
-            raise ArithmeticError(
-                f"step {step + 1}: the loss is {loss} and the gradient norm is {norm}: try a lower lr"
-                + ("" if step else "; or the model computes NaN or infinity even without training")
+    with Interruption() as interruption:
+        for step in progress:
+            epoch, step_of_epoch = divmod(step, steps_per_epoch)
+            if step_of_epoch == 0:
+                log_validation_loss(model, validation, params, folder, step)
+                order = shuffled(training, epoch, params.seed)
+            examples = order[step_of_epoch * examples_per_step : (step_of_epoch + 1) * examples_per_step]
+            rate = learning_rate(step, steps, params.peak_lr, params.warmup)
+            begin = time.perf_counter()
+            loss, norm = train_step(model, optimizer, examples, rate, params)
+            tokens_per_second = sum(len(example.tokens) for example in examples) / (time.perf_counter() - begin)
+            if not math.isfinite(loss + norm):
+                raise ArithmeticError(
+                    f"step {step + 1}: the loss is {loss} and the gradient norm is {norm}: try a lower lr"
+                    + ("" if step else "; or the model computes NaN or infinity even without training")
+                )
+            progress.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:.0f} tokens/s")
+            folder.log(
+                step=step + 1,
+                loss=loss,
+                learning_rate=rate,
+                gradient_norm=norm,
+                tokens_per_second=round(tokens_per_second, 1),
             )
-        progress.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:.0f} tokens/s")
-        folder.log(
-            step=step + 1,
-            loss=loss,
-            learning_rate=rate,
-            gradient_norm=norm,
-            tokens_per_second=round(tokens_per_second, 1),
-        )
-        if step_of_epoch + 1 == steps_per_epoch:
-            logger.info("epoch %d of %d: loss %.3f", epoch + 1, params.epochs, loss)
-        if (step + 1) % params.save_every == 0 or step + 1 == steps:
-            folder.save_state(step + 1, optimizer.state())
+            if step_of_epoch + 1 == steps_per_epoch:
+                logger.info("epoch %d of %d: loss %.3f", epoch + 1, params.epochs, loss)
+            is_interrupted = interruption.is_requested(device)
+            if is_interrupted or step_of_epoch + 1 == steps_per_epoch or (step + 1) % params.save_every == 0:
+                folder.save_state(step + 1, optimizer.state(), optimizer.state_bytes())
+            if is_interrupted:
+                raise KeyboardInterrupt
     merge_lora(model)
     log_validation_loss(model, validation, params, folder, steps)
 
@@ -126,7 +139,18 @@ def checkpoint_activations(model: Transformer) -> None:
     This takes a third more time, and a fraction of the memory (arXiv 1604.06174).
     """
     for layer in model.layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = functools.partial(
+            checkpoint,
+            layer.forward,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=contexts_of_checkpoint,
+        )
+
+
+def contexts_of_checkpoint() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """Contexts of a layer's two computations. The second is to use the kernels of the first (see `fast_kernels`)."""
+    return contextlib.nullcontext(), CUDNN_ATTENTION_SWITCH.off()
 
 
 def train_step(
