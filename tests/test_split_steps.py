@@ -175,6 +175,8 @@ UNSUPPORTED_PATTERNS = {
     r"(?i:a)|\p{Lu}": "the part",
     "(" * 6 + "a" + ")" * 6: "groups within more than 5 groups",
     "(" * 9000: "groups within more than 5 groups",
+    "b" + "a" * 500: "it has more than 500 parts",
+    "[a]" * 501: "it has more than 500 parts",
     "a" * 10_001: "it has 10001 characters, more than 10000",
     "(?:a{1000}){1000}": "longer than 20000 characters",
     "(?:(?:(?:a|b){99}){99}){99}": "longer than 20000 characters",
@@ -212,6 +214,27 @@ def test_patterns_that_would_run_for_ever(tmp_path, monkeypatch, pattern, text):
     with pytest.raises(CheckpointError, match=rf"{tmp_path}: its split pattern .* takes too long"):
         list(splitter.split(text))
     assert time.monotonic() - start < 2
+
+
+LONG = {
+    "a literal": "b" + "a" * 499,
+    "cases": "(?i:b" + "a" * 497 + ")",
+    "cases that are two letters": "(?i:ſßK" + "ß" * 495 + ")",
+    "classes of one": "b" + "[a]" * 499,
+    "alternatives": "|".join(["ba", *(f"b{'a' * i}" for i in range(20, 29))]),
+    "groups": "b" + "(?:aa)" * 120,
+    "repetitions": "b(?:" + "a" * 200 + "){90}",
+}
+
+
+@pytest.mark.parametrize("pattern", LONG.values(), ids=LONG)
+def test_long_patterns_are_searched_for_in_little_time(tmp_path, pattern):
+    """What `regex` prepares for a long literal, it prepares without a time limit."""
+    splitter = TextSplitter([SplitStep(pattern)], tmp_path)
+    start = time.process_time()
+    for text in ("a" * 100_000, "sS" * 50_000, "kßſ" * 30_000):
+        assert len(list(splitter.split(text))) == 1
+    assert time.process_time() - start < 3
 
 
 def test_the_time_limit_is_one_for_all_pieces(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from llama.vocab.split_steps import SplitStep
 from llama.vocab.vocabulary import gpt2_characters
 
 MAX_PATTERN = 10_000  # characters
+MAX_PARTS = 500  # of it: characters, classes, repetitions; `regex` searches long literals without a time limit
 MAX_DEPTH = 5  # groups within groups; for each, compiling may take twice as long
 MAX_SIZE = 20_000  # characters of a pattern with its repetitions written out, as `regex` does with some
 TIME_LIMIT = 5.0  # seconds for a text; the longest that is split at once has 400,000 characters
@@ -124,8 +125,11 @@ def check_pattern(pattern: str) -> None:
     if len(pattern) > MAX_PATTERN:
         raise ValueError(f"it has {len(pattern)} characters, more than {MAX_PATTERN}")
     openings, sizes = [""], [0]  # of the groups that are open, the outermost being the pattern
-    last_size, position = 0, 0  # what a repetition repeats
+    last_size, position, n_parts = 0, 0, 0  # the first is of what a repetition repeats
     while position < len(pattern):
+        n_parts += 1
+        if n_parts > MAX_PARTS:
+            raise ValueError(f"it has more than {MAX_PARTS} parts")
         part = PATTERN_PART.match(pattern, position)
         if part is None or is_ambiguous(part, openings, "(?i:" in pattern):
             raise ValueError(f"the part {pattern[position : position + 20]!r} at {position}")
