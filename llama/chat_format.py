@@ -213,7 +213,8 @@ class Llama2Format(ChatFormat):
         return turns
 
     def refusal(self, dialog: Dialog) -> str | None:
-        has_tags = any(tag in message["content"] for message in dialog for tag in self.TAGS)
+        normalize = getattr(getattr(self.tokenizer, "engine", None), "normalize", str)  # may make tags of other texts
+        has_tags = any(normalize(tag) in normalize(message["content"]) for message in dialog for tag in self.TAGS)
         return self.REFUSAL if has_tags else None
 
 

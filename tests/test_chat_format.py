@@ -6,8 +6,9 @@ import jinja2
 import pytest
 import tokenizers
 from conftest import ScriptedModel, ScriptedTokenizer
+from sentencepiece import SentencePieceTrainer
 
-from llama import ChatFormat, Llama
+from llama import ChatFormat, Llama, Tokenizer
 from llama.chat_format import ChatMLFormat, Llama2Format, Llama3Format, TemplateFormat
 from llama.tokenizer import ChatFormat as ChatFormatOfTheTokenizerModule
 
@@ -162,6 +163,46 @@ def test_llama2_refuses_only_the_dialog_that_holds_a_tag(tag):
     predictions = llama.chat_completion(dialogs, temperature=0, max_gen_len=2)
     answer = {"role": "assistant", "content": "11 12"}
     assert [prediction["generation"] for prediction in predictions] == [answer, refusal, answer]
+
+
+@pytest.fixture(scope="module", params=["nfkc", "nmt_nfkc_cf"])
+def normalizing(request, tmp_path_factory):
+    """Sentencepiece that takes fullwidth characters for ordinary ones, or upper for lower case too."""
+    path = tmp_path_factory.mktemp("normalizing") / "tokenizer"
+    path.with_suffix(".txt").write_text("the house is in the other house [INST] [/INST] <<SYS>> <</SYS>>\n" * 3)
+    SentencePieceTrainer.train(
+        input=str(path.with_suffix(".txt")),
+        model_prefix=str(path),
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        normalization_rule_name=request.param,
+        minloglevel=2,
+    )
+    return Tokenizer(path.with_suffix(".model"))
+
+
+FULLWIDTH = {ord(character): ord(character) + 0xFEE0 for character in "[]<>/INSTY"}
+
+
+@pytest.mark.parametrize("tag", Llama2Format.TAGS)
+def test_llama2_refuses_what_its_tokenizer_makes_a_tag_of(normalizing, llama2, tag):
+    formatter = Llama2Format(normalizing)
+    texts = [
+        tag,
+        tag.translate(FULLWIDTH),
+        *(tag.replace(c, c.translate(FULLWIDTH), 1) for c in "[]<>/INS" if c in tag),
+    ]
+    for text in texts:
+        assert encode(normalizing, f"the {text}house") == encode(normalizing, f"the {tag}house")
+        assert formatter.refusal([user(f"the {text}house")]) == Llama2Format.REFUSAL
+        assert formatter.refusal([user("the"), assistant(f"the\n{text}"), user("house")]) == Llama2Format.REFUSAL
+        assert (Llama2Format(llama2).refusal([user(f"the {text}")]) is None) == (text != tag)  # it normalizes nothing
+    lower = tag.lower()
+    is_same = encode(normalizing, lower) == encode(normalizing, tag)
+    assert (formatter.refusal([user(lower)]) is None) == (not is_same)
+    for text in ("the house", "", "\ud800 [", "INST ［ /", tag[:-1], "🙂" * 10):
+        assert formatter.refusal([user(text)]) is None
 
 
 @pytest.mark.real

@@ -13,6 +13,8 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from llama import Tokenizer
 from llama.errors import CheckpointError
 from llama.vocab import SentencePieceTokenizer
+from llama.vocab.protobuf import bytes_field, float_field
+from llama.vocab.sentencepiece_proto import PIECES, SCORE, TEXT
 from llama.vocab.tokenizer_config import TokenizerConfig
 
 CONFIG = {"tokenizer_class": "LlamaTokenizer"}
@@ -253,3 +255,33 @@ def test_damaged_models_are_refused(piece_path, data):
         tokenizer.decode(tokenizer.encode("the<tool> house", (), ()))
     except CheckpointError:
         pass
+
+
+def test_pieces_that_are_no_text(tmp_path, llama2_path):
+    """sentencepiece loads them, and fails where a piece is asked for."""
+    proto = llama2_path.read_bytes()
+    piece = bytes_field(PIECES, bytes_field(TEXT, b"\xff\xfe") + float_field(SCORE, -1000.0))
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(proto + piece)
+    SentencePieceProcessor(model_file=str(path))
+    with pytest.raises(CheckpointError, match=rf"{path}: its pieces are not all texts in UTF-8: "):
+        Tokenizer(path)
+
+
+def test_a_model_without_a_token_that_ends_a_text(tmp_path, llama2_path):
+    """Nothing could end an answer, nor an example to learn from; unless a file beside it names a token that does."""
+    (tmp_path / "text").write_text("the house is in the other house, and the user asks\n" * 3)
+    path = tmp_path / "tokenizer.model"
+    SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(path.with_suffix("")),
+        model_type="bpe",
+        vocab_size=290,
+        byte_fallback=True,
+        eos_id=-1,
+        minloglevel=2,
+    )
+    with pytest.raises(CheckpointError, match=rf"{path} has no token that ends a text: .*tokenizer_config\.json"):
+        Tokenizer(path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<s>"}))
+    assert Tokenizer(path).eos_id == 1

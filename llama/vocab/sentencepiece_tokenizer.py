@@ -10,7 +10,7 @@ from llama.errors import CheckpointError, InputError
 from llama.vocab.added_tokens import AddedToken, AddedTokenSplitter, Names, names_to_recognise
 from llama.vocab.sentencepiece_proto import NO_DUMMY_PREFIX, user_defined_as_control
 from llama.vocab.tokenizer_config import TokenizerConfig, added_token_values, write_tokenizer_config
-from llama.vocab.vocabulary import END_TOKENS
+from llama.vocab.vocabulary import END_TOKENS, without_surrogates
 
 
 class SentencePieceTokenizer:
@@ -60,7 +60,10 @@ class SentencePieceTokenizer:
 
     def _read_tokens(self, user_defined: set[int], path: Path, config: TokenizerConfig) -> None:
         """Set the attributes that tell of single tokens."""
-        pieces: list[str] = self.model.id_to_piece(list(range(self.model.vocab_size())))
+        try:
+            pieces: list[str] = self.model.id_to_piece(list(range(self.model.vocab_size())))
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path}: its pieces are not all texts in UTF-8: {error}") from error
         id_of = {piece: i for i, piece in enumerate(pieces)}
         named = {"bos_token": self.model.bos_id(), "eos_token": self.model.eos_id(), "unk_token": self.model.unk_id()}
         config = config.with_names(**{name: pieces[i] for name, i in named.items() if i >= 0})
@@ -89,6 +92,10 @@ class SentencePieceTokenizer:
         ids = {token.content: token.id for token in self.added_tokens}
         self.bos_id = ids.get(self.template_tokens.get("bos_token", ""))
         self.eos_id: int = ids.get(self.template_tokens.get("eos_token", ""), self.model.eos_id())
+        if self.eos_id < 0:
+            raise CheckpointError(
+                f"{path} has no token that ends a text: name one as eos_token in tokenizer_config.json"
+            )
         self.stop_tokens = {self.eos_id, *config.eos_ids, *(ids[name] for name in END_TOKENS if name in ids)}
         if not all(0 <= i < self.n_words for i in self.stop_tokens):
             raise CheckpointError(
@@ -116,6 +123,11 @@ class SentencePieceTokenizer:
             return self.encode_parts(parts)
         ids: list[int] = self.model.encode(text)
         return ids
+
+    def normalize(self, text: str) -> str:
+        """The text as it is when it is cut into pieces: some models take fullwidth letters for ordinary ones."""
+        normalized: str = self._model_without_prefix.normalize(without_surrogates(text))
+        return normalized
 
     def split(self, text: str, names: Names = "all") -> list[str | int]:
         """The text cut at the added tokens with these contents: see `AddedTokenSplitter.split`."""
