@@ -8,7 +8,7 @@ import shutil
 import stat
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -19,7 +19,10 @@ Default = TypeVar("Default")
 
 _REQUIRED = object()
 
-MAX_JSON_BYTES = 2**26  # twice the largest tokenizer.json there is
+# Of a JSON file. The largest tokenizer.json there is has 34 million bytes and 2 million items; Llama 3's half of them.
+MAX_JSON_BYTES = 40_000_000
+MAX_JSON_ITEMS = 3_000_000  # of its lists and objects together: each takes about 100 bytes of memory
+MAX_JSON_DEPTH = 100  # lists within lists; Python can't show what is nested much deeper
 
 
 def require_path(path: str | Path, name: str) -> Path:
@@ -41,16 +44,29 @@ def require_path(path: str | Path, name: str) -> Path:
 
 
 def require_file(path: str | Path, name: str) -> Path:
-    """`path` as a Path to an existing ordinary file: see `require_path`. Opening a pipe would wait for its writer.
+    """`path` as a Path to an existing ordinary file: see `require_path`.
 
     Raises:
-        InputError: see `require_path`; or a folder, a pipe or a device is there.
+        InputError: see `require_path`; or a folder, a pipe, a device or a socket is there.
         MissingFileError: see `require_path`.
     """
     result = require_path(path, name)
-    if not result.is_file():
-        raise InputError(f"{name}={str(path)!r} is not an ordinary file")
+    other = other_than_file(result)
+    if other is not None:
+        raise InputError(f"{name}={str(path)!r} is {other}, not an ordinary file")
     return result
+
+
+def other_than_file(path: Path) -> str | None:
+    """What stands at a path, links resolved, in place of an ordinary file; None for such a file.
+
+    To be asked before a path is opened: opening a pipe waits for its writer, and some devices have no end.
+
+    Raises:
+        OSError: nothing is there, or its folder can't be read.
+    """
+    kinds = {stat.S_IFREG: None, stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(path.stat().st_mode), "a device")
 
 
 def as_path(path: str | Path, name: str) -> Path:
@@ -79,15 +95,18 @@ def first_bytes(path: Path, count: int = 512) -> bytes:
     """The first `count` bytes of a file of weights, vocabulary or metadata.
 
     Raises:
-        CheckpointError: a folder, a device, an empty file, or what a failed download leaves in a file's place.
+        CheckpointError: a folder, a pipe, a device or a socket, an empty file, or what a failed download leaves in a
+            file's place.
     """
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder, not a file; it holds {listing(path)}")
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # asked first: opening a pipe waits for whoever writes into it
-            raise CheckpointError(f"{path} is a device, a pipe or a socket, not a file")
-        with path.open("rb") as file:
-            head = file.read(count)
+        other = other_than_file(path)
+        if other is not None:
+            content = f"; it holds {listing(path)}" if other == "a folder" else ""
+            raise CheckpointError(f"{path} is {other}, not a file{content}")
+        head = b""
+        if path.stat().st_size > 0:  # what the system shows in files of its own may have no end, and their size is 0
+            with path.open("rb") as file:
+                head = file.read(count)
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error}") from error
     if not head:
@@ -173,22 +192,46 @@ class Metadata:
         return float(value) if kind is float else value
 
 
+def read_whole(path: Path, max_bytes: int) -> bytes:
+    """The content of a file of settings, of tokens or of a template.
+
+    Raises:
+        CheckpointError: see `first_bytes`; or it has more than `max_bytes`, which none of its kind needs.
+    """
+    first_bytes(path)
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise CheckpointError(f"{path} has {size} bytes, too many for a file of settings or of tokens")
+    return path.read_bytes()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        CheckpointError: the file can't be read, is far too long, or isn't a JSON object.
+        CheckpointError: the file can't be read, is far too long or nested too deep, or isn't a JSON object.
     """
-    head, size = first_bytes(path), path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} has {size} bytes, too many for a file of settings or of tokens")
+    content = read_whole(path, MAX_JSON_BYTES)
+    if sum(map(content.count, (b",", b"[", b"{"))) > MAX_JSON_ITEMS:
+        raise CheckpointError(f"{path} has over {MAX_JSON_ITEMS} items, too many for a file of settings or of tokens")
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(content)
+        _check_depth(values)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); it begins with {head[:40]!r}") from error
+        raise CheckpointError(f"{path} is not JSON ({error}); it begins with {content[:40]!r}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {values!r:.80}")
     return values
+
+
+def _check_depth(values: Any) -> None:
+    """Raise ValueError if a JSON value has lists or objects within more than `MAX_JSON_DEPTH` others."""
+    children: Iterable[Any] = [values]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        level = [value for value in children if isinstance(value, dict | list)]
+        children = (value for item in level for value in (item.values() if isinstance(item, dict) else item))
+    if level:
+        raise ValueError(f"it is nested more than {MAX_JSON_DEPTH} deep")
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -18,7 +18,10 @@ from llama.errors import CheckpointError
 from llama.files import Metadata, first_bytes, raise_if_unmappable
 
 VERSIONS = (2, 3)
-MAX_METADATA = 2**26  # bytes; the metadata of Llama 3's models, with 128,256 tokens, takes 8 million
+# Of the metadata and the descriptions of tensors. Those of Llama 3's models, with 128,256 tokens, take 8 million bytes
+# and 0.7 million values. A value takes up to 150 bytes of memory.
+MAX_METADATA = 2**26
+MAX_VALUES = 2**21
 
 NUMBERS: dict[GGUFValueType, np.dtype[Any]] = {
     GGUFValueType.UINT8: np.dtype("<u1"),
@@ -118,11 +121,15 @@ class _Cursor:
         self.content = content
         self.position = position
         self.end = min(len(content), MAX_METADATA)
+        self.values_left = MAX_VALUES
 
     def require(self, count: int, size: int) -> None:
-        """Raise ValueError if fewer than `count` values of `size` bytes can follow."""
+        """Raise ValueError if fewer than `count` values of `size` bytes can follow, or it would be too many in all."""
         if count * size > self.end - self.position:
             raise ValueError(f"{count} values are said to follow byte {self.position}, where {self._bytes_left()}")
+        self.values_left -= count
+        if self.values_left < 0:
+            raise ValueError(f"its metadata have over {MAX_VALUES} values")
 
     def _bytes_left(self) -> str:
         limit = "" if self.end < MAX_METADATA else f" (metadata may take {MAX_METADATA})"

@@ -154,6 +154,13 @@ def test_rope_divisors_of_another_head_size(tmp_path, monkeypatch):
         Llama.build(write_gguf(tmp_path / "model.gguf", tiny_model()), None, 32, 1)
 
 
+@pytest.mark.parametrize(("divisors", "message"), [([], "'rope_freqs.weight'.*none may be empty"), (2.0, "0 axes")])
+def test_rope_divisors_that_are_none(tmp_path, monkeypatch, divisors, message):
+    write_divisors(monkeypatch, divisors)
+    with pytest.raises(CheckpointError, match=message):
+        GGUFFile(write_gguf(tmp_path / "model.gguf", tiny_model()))
+
+
 @pytest.mark.parametrize(
     "metadata",
     [

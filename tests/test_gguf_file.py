@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama.errors import CheckpointError
-from llama.gguf_file import MAX_METADATA, GGUFFile
+from llama.gguf_file import MAX_METADATA, MAX_VALUES, GGUFFile
 
-UINT8, UINT32, BOOL, STRING, ARRAY, UINT64 = 0, 4, 7, 8, 9, 10
+UINT8, UINT16, UINT32, BOOL, STRING, ARRAY, UINT64 = 0, 2, 4, 7, 8, 9, 10
 F32, Q4_0 = 0, 2
 
 
@@ -223,6 +223,17 @@ def test_the_size_of_metadata_is_limited(tmp_path):
     with pytest.raises(CheckpointError, match=rf"{2**24} values are said .* \(metadata may take {MAX_METADATA}\)"):
         GGUFFile(path)
     assert time.process_time() - begin < 1
+
+
+def test_the_number_of_values_is_limited(open_bytes):
+    """A byte of the file may take 36 of memory."""
+    half = array(UINT16, MAX_VALUES // 2, b"\xff\xff" * (MAX_VALUES // 2))
+    content = gguf_bytes([pair("a", ARRAY, half), pair("b", ARRAY, half)])
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=rf"model\.gguf .*its metadata have over {MAX_VALUES} values"):
+        open_bytes(content)
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
 
 
 def test_the_data_are_mapped_not_copied(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shutil
+import stat
 import struct
 import zipfile
 from collections import Counter
@@ -15,6 +16,7 @@ import torch
 from chat_templates import ALPACA, gguf_metadata, write_folder
 from conftest import (
     load,
+    tiny_args,
     tiny_model,
     write_gguf,
     write_llama2_tokenizer,
@@ -24,14 +26,16 @@ from conftest import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_hugging_face import random_hugging_face_model
 from test_lora_adapter import write_adapter
 
 from llama import Llama, Tokenizer
 from llama.checkpoint import save_checkpoint
+from llama.checkpoint.hugging_face import name_in_files, open_weights
+from llama.checkpoint.lora_adapter import LoRAAdapter
 from llama.convert import convert
-from llama.errors import InputError, MissingFileError
+from llama.errors import CheckpointError, InputError, MissingFileError
 from llama.files import new_folder
 
 SMALL = {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "multiple_of": 8}
@@ -220,6 +224,7 @@ NOT_FILES = {
     "a link to itself": lambda path: path.symlink_to(path),
     "a broken link": lambda path: path.symlink_to(path.with_name("gone")),
     "a folder": lambda path: path.mkdir(),
+    "a socket": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
 }
 
 
@@ -256,6 +261,45 @@ def test_a_json_file_that_would_fill_memory_is_not_read(tmp_path, name):
         load(tmp_path / "model")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes among its files")
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_a_pipe_in_an_adapter_is_refused_without_waiting(tmp_path, name):
+    config = {"peft_type": "LORA", "target_modules": ["q_proj"], "r": 4, "lora_alpha": 8}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=rf"{name} is a pipe, not a file"):
+        LoRAAdapter(tmp_path, tiny_args())
+
+
+WITHOUT_DIMENSIONS = [
+    "tok_embeddings.weight",
+    "layers.0.attention.wk.weight",
+    "layers.0.ffn_norm.weight",
+    "output.weight",
+]
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 16), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("name", WITHOUT_DIMENSIONS)
+@pytest.mark.parametrize("write", [llama_3, llama_2, pickled, hugging_face])
+def test_weights_without_dimensions_or_elements(tmp_path, write, name, shape):
+    """In one file of the model, or in each of them; every one is named."""
+    (tmp_path / "model").mkdir()
+    write(tmp_path / "model")
+    paths = sorted(path for path in (tmp_path / "model").iterdir() if path.suffix in (".pth", ".bin", ".safetensors"))
+    for path in reversed(paths):
+        is_safe = path.suffix == ".safetensors"
+        tensors = load_file(path) if is_safe else torch.load(path)
+        key = name if path.suffix == ".pth" else name_in_files(name)
+        tensors[key] = torch.zeros(shape)
+        (save_file if is_safe else torch.save)(tensors, path)
+        if key != "lm_head.weight":  # left out where it is tied to the embedding
+            with pytest.raises(InputError, match=rf"{name}|vocab_size=|shape"):
+                load(tmp_path / "model")
+
+
 @pytest.mark.parametrize("size", [2**20, 2**40, 2**62])
 def test_a_safetensors_header_longer_than_the_file(tmp_path, size):
     (tmp_path / "model").mkdir()
@@ -264,6 +308,17 @@ def test_a_safetensors_header_longer_than_the_file(tmp_path, size):
     path.write_bytes(struct.pack("<Q", size) + path.read_bytes()[8:])
     with pytest.raises(ValueError, match=r"model\.safetensors \(\d+ bytes\) is damaged or cut short"):
         load(tmp_path / "model")
+
+
+def test_a_safetensors_header_that_would_fill_memory(tmp_path):
+    """Each tensor in it takes 50 bytes, and ten times as many in memory."""
+    header = "{" + ",".join(f'"{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(180_000)) + "}"
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    with pytest.raises(
+        CheckpointError, match=r"safetensors .* is damaged .*list of tensors is said to have over 8388608"
+    ):
+        open_weights(path)
 
 
 def test_a_safetensors_tensor_longer_than_the_file(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import time
 from collections import Counter
@@ -9,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_llama2_tokenizer, write_tokenizer_json
+from conftest import write_llama2_tokenizer, write_llama3_tokenizer, write_tokenizer_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_hostile_files import damage
 from test_split_steps import FALCON_STEPS
 
 from llama import Tokenizer
-from llama.errors import InputError, MissingFileError
+from llama.errors import CheckpointError, InputError, MissingFileError
 from llama.vocab import text_splitter
 from llama.vocab.pre_tokenizer import write_pre_tokenizer
 
@@ -153,6 +154,40 @@ def test_many_and_long_added_tokens(tmp_path):
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     tokenizer.encode("<xx" * 10_000, bos=False, eos=False)
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes among its files")
+@pytest.mark.timeout(30)  # opening a pipe waits for ever
+@pytest.mark.parametrize("kind", KINDS)
+def test_pipes_in_place_of_a_tokenizer_and_its_neighbours(tmp_path, kind):
+    names = ["tokenizer_config.json", "generation_config.json", "config.json", "chat_template.jinja"]
+    names += ["special_tokens_map.json", "added_tokens.json"] if kind == "sentencepiece" else []
+    write, _ = KINDS[kind]
+    path = write(tmp_path)
+    for name in [*names, path.name]:
+        kept = tmp_path / "kept"
+        if (tmp_path / name).exists():
+            (tmp_path / name).rename(kept)
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(CheckpointError, match=rf"{tmp_path / name} is a pipe, not a file"):
+            Tokenizer(path)
+        (tmp_path / name).unlink()
+        if kept.exists():
+            kept.rename(tmp_path / name)
+    assert open_and_encode(path) == "opened"
+
+
+@pytest.mark.parametrize(("kind", "size"), [("ranks", 2**40), ("pieces", 2**40), ("template", 2**30)])
+def test_files_that_would_fill_the_memory(tmp_path, kind, size):
+    """They are sparse, so they take no space."""
+    path = sentencepiece(tmp_path) if kind != "ranks" else write_llama3_tokenizer(tmp_path / "tokenizer.model")
+    large = path
+    if kind == "template":
+        large = tmp_path / "chat_template.jinja"
+        large.write_text("{{ bos_token }}")
+    os.truncate(large, size)
+    with pytest.raises(CheckpointError, match=rf"{large} has {size} bytes, too many for a file of settings or of tok"):
+        Tokenizer(path)
 
 
 def test_a_damaged_neighbour_is_named(tmp_path):

@@ -411,7 +411,7 @@ def test_what_can_not_be_merged_is_refused_by_name(tmp_path, base, config, messa
 def test_patterns_that_take_too_long(tmp_path, base, monkeypatch):
     monkeypatch.setattr("llama.checkpoint.lora_adapter.MAX_SECONDS", 0.0)
     adapter = write_adapter(tmp_path / "adapter", base[0], target_modules=".*_proj")
-    with pytest.raises(CheckpointError, match="its patterns take over 0 s to match"):
+    with pytest.raises(CheckpointError, match="take over 0 s to compare"):
         convert(base[1], tmp_path / "merged", adapter=adapter)
 
 

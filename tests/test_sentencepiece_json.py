@@ -152,6 +152,10 @@ REFUSED = {
         "are not texts with the ids 0, 1, 2",
     ),
     "whole words first": (set_model(ignore_merges=True), "ignore_merges is True, which is not supported"),
+    "a very long token": (
+        lambda values: values["model"]["vocab"].update({"x" * 600: len(values["model"]["vocab"])}),
+        "its tokens are too many or too long",
+    ),
     "half a character": (
         lambda values: values["model"]["vocab"].update({"\ud800": len(values["model"]["vocab"])}),
         "are not texts with the ids 0, 1, 2",

@@ -62,6 +62,8 @@ SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
 
 MAX_PADDING = 1024  # rows of an embedding beyond the tokenizer's tokens; with more, it is another model's tokenizer
 
+MAX_HEADER_BYTES = 2**23  # of a safetensors file, which lists its tensors: some 120 for each
+
 MAX_SHARD_BYTES = 5_000_000_000  # of a file of weights, unless the number of files is given
 
 
@@ -166,6 +168,8 @@ def open_weights(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix != ".safetensors":
         return open_pickled_weights(path)
     try:
+        if int.from_bytes(head[:8], "little") > MAX_HEADER_BYTES:
+            raise ValueError(f"its list of tensors is said to have over {MAX_HEADER_BYTES} bytes")
         with safe_open(path, framework="pt", device="cpu") as file:  # checks its header against its size
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
@@ -199,7 +203,9 @@ def read_config_json(path: Path) -> Settings:
             )
     other_layers = set(map(str, get("layer_types", list, []))) - {"full_attention"}
     if other_layers:
-        raise CheckpointError(f"{path}: layer_types has {other_layers}, and this network knows only full_attention")
+        raise CheckpointError(
+            f"{path}: layer_types has {other_layers!s:.80}, and this network knows only full_attention"
+        )
 
     n_heads = get("num_attention_heads", int)
     params = {

@@ -66,7 +66,7 @@ SAFE_PATTERN = re.compile(
 )
 MAX_PATTERN = 2000  # characters
 MAX_DEPTH = 5  # groups within groups; for each, compiling may take twice as long
-MAX_SECONDS = 5.0  # for all regular expressions of an adapter together
+MAX_SECONDS = 5.0  # for all names and regular expressions of an adapter together
 
 
 class Change(NamedTuple):
@@ -241,7 +241,7 @@ class AdapterConfig:
             raise CheckpointError(f"{self.path}: {key} is {names!r:.80}, not a list of names")
         return names
 
-    def _read_layers(self, config: Metadata) -> list[int]:
+    def _read_layers(self, config: Metadata) -> set[int]:
         """The layers that are adapted; empty for all of them."""
         value, prefix = config.values.get("layers_to_transform"), config.values.get("layers_pattern")
         layers = [value] if isinstance(value, int) else value or []
@@ -251,7 +251,7 @@ class AdapterConfig:
             raise CheckpointError(f"{self.path}: layers_to_transform has no meaning for a pattern of target_modules")
         if layers and prefix not in (None, "", [], "layers", ["layers"]):
             raise CheckpointError(f"{self.path}: layers_pattern is {prefix!r:.80}; a Llama's layers are in 'layers'")
-        return layers
+        return set(layers)
 
     def _compile(self, pattern: str) -> regex.Pattern[str]:
         depths = itertools.accumulate((char == "(") - (char == ")") for char in re.sub(r"\\.", "", pattern))
@@ -259,22 +259,28 @@ class AdapterConfig:
             raise CheckpointError(
                 f"{self.path}: the pattern {pattern!r:.80} is too long, or not a simple regular expression"
             )
+        self._seconds_left()
         try:
             return regex.compile(pattern)
         except regex.error as error:
             raise CheckpointError(f"{self.path}: the pattern {pattern!r:.80} is not valid: {error}") from error
 
+    def _seconds_left(self) -> float:
+        """What is left of the time for its names and patterns; CheckpointError if that is nothing."""
+        seconds = self._deadline - time.monotonic()
+        if seconds <= 0:
+            raise CheckpointError(f"{self.path}: its names and patterns take over {MAX_SECONDS:g} s to compare")
+        return seconds
+
     def _matches(self, pattern: regex.Pattern[str], module: str) -> bool:
-        seconds_left = self._deadline - time.monotonic()
         try:
-            if seconds_left <= 0:
-                raise TimeoutError
-            return pattern.fullmatch(module, timeout=seconds_left) is not None
+            return pattern.fullmatch(module, timeout=self._seconds_left()) is not None
         except TimeoutError as error:
             raise CheckpointError(f"{self.path}: its patterns take over {MAX_SECONDS:g} s to match") from error
 
     def _selects(self, names: list[str] | regex.Pattern[str], module: str) -> bool:
         if isinstance(names, list):
+            self._seconds_left()
             return any(f".{module}".endswith(f".{name}") for name in names)
         return self._matches(names, module)
 

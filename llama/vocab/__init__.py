@@ -7,7 +7,7 @@ Those of Llama 2's kind become a serialized sentencepiece model, with which `Sen
 from dataclasses import replace
 from pathlib import Path
 
-from llama.files import Metadata, first_bytes, read_json, require_path
+from llama.files import Metadata, first_bytes, read_json, read_whole, require_path
 from llama.gguf_file import GGUFFile
 from llama.vocab.added_tokens import AddedToken
 from llama.vocab.byte_pair_tokenizer import BytePairTokenizer
@@ -19,6 +19,8 @@ from llama.vocab.tiktoken_file import is_tiktoken_file, read_tiktoken_file
 from llama.vocab.tokenizer_config import TokenizerConfig, read_tokenizer_config
 from llama.vocab.tokenizer_json import leading_special_token, read_tokenizer_json
 from llama.vocab.vocabulary import Vocabulary
+
+MAX_MODEL_BYTES = 2**23  # of a sentencepiece model; those with 256,000 pieces have 4 million
 
 __all__ = ["AddedToken", "BytePairTokenizer", "SentencePieceTokenizer", "Vocabulary", "open_vocabulary"]
 
@@ -49,7 +51,7 @@ def open_vocabulary(model_path: str | Path | GGUFFile) -> BytePairTokenizer | Se
     # `save_checkpoint` writes them beside a sentencepiece model in Meta's layout, but no config.json.
     is_mixed = is_meta and (path.parent / "config.json").exists()
     config = TokenizerConfig() if is_mixed else read_tokenizer_config(path.parent)
-    return SentencePieceTokenizer(path.read_bytes(), path, config)
+    return SentencePieceTokenizer(read_whole(path, MAX_MODEL_BYTES), path, config)
 
 
 def _open_tokenizer_json(file: Metadata) -> BytePairTokenizer | SentencePieceTokenizer:

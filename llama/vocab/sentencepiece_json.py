@@ -20,6 +20,11 @@ from llama.vocab.tokenizer_config import read_added_tokens
 from llama.vocab.vocabulary import without_surrogates
 
 ADVICE = "put the model's own tokenizer.model beside it, or pass that as tokenizer_path"
+
+# Of the tokens, since all the ways to cut each in two are looked at. Those of 256,000 tokens have 2 million characters.
+MAX_CHARACTERS = 2**22
+MAX_LENGTH = 512
+
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 
 
@@ -76,6 +81,8 @@ def _read_scores(model: Metadata, tokens: set[str]) -> dict[str, float]:
         tokens: the ordinary tokens.
     """
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", list)]
+    if sum(map(len, tokens)) > MAX_CHARACTERS or max(map(len, tokens), default=0) > MAX_LENGTH:
+        raise CheckpointError(f"{model.path}: its tokens are too many or too long; {ADVICE}")
     scores: dict[str, float] = {}
     last = None
     listed = set()

@@ -6,10 +6,13 @@ import re
 from pathlib import Path
 
 from llama.errors import CheckpointError
+from llama.files import read_whole
 from llama.vocab.added_tokens import AddedToken
 from llama.vocab.split_steps import LLAMA3_STEPS
 from llama.vocab.tokenizer_config import TokenizerConfig
 from llama.vocab.vocabulary import END_TOKENS, Vocabulary
+
+MAX_BYTES = 2**23  # four times what Llama 3's has
 
 # The file doesn't list them: they follow its ranks, in this order.
 LLAMA3_SPECIAL_TOKENS = [
@@ -44,7 +47,7 @@ def read_tiktoken_file(path: Path, config: TokenizerConfig | None = None) -> Voc
     """
     config = (config or TokenizerConfig()).with_names(bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>")
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_whole(path, MAX_BYTES).splitlines(), 1):
         if not line:
             continue
         try:

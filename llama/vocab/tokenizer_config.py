@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.errors import CheckpointError
-from llama.files import Metadata, first_bytes, read_json, write_json
+from llama.files import Metadata, read_json, read_whole, write_json
 from llama.vocab.added_tokens import AddedToken
 from llama.vocab.vocabulary import without_surrogates
 
@@ -26,6 +26,8 @@ EOS_FILES = ("generation_config.json", "config.json")  # the first that has an e
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 NO_ID = -1  # of a token that a file names by its content
+
+MAX_TEMPLATE_BYTES = 2**20  # of a chat template, which may have 200,000 characters
 
 MAX_CONTENT = 256  # characters; a text is compared with every length there is
 
@@ -224,8 +226,7 @@ def _read_chat_template(folder: Path, config: Metadata) -> tuple[str | None, str
     """The chat template and the name of the file it is from; of several templates, the one named "default"."""
     path = folder / CHAT_TEMPLATE
     if path.exists():
-        first_bytes(path)  # raises if the file is what a failed download leaves
-        return path.read_text(encoding="utf-8", errors="replace") or None, CHAT_TEMPLATE
+        return read_whole(path, MAX_TEMPLATE_BYTES).decode("utf-8", "replace"), CHAT_TEMPLATE
     template = config.values.get("chat_template")
     if isinstance(template, list):
         by_name = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
