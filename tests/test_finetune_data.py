@@ -7,7 +7,17 @@ from chat_templates import STYLES, write_folder
 
 from llama import ChatFormat, Tokenizer
 from llama.errors import InputError
-from llama.finetune.data import Example, make_batch, read_examples, shuffled, split_validation
+from llama.finetune.data import (
+    IGNORED_KEYS,
+    Example,
+    find_data,
+    leave_out,
+    make_batch,
+    read_examples,
+    shuffled,
+    split_validation,
+)
+from llama.segments import Segment
 
 PAIR = {"prompt": " hi ", "completion": "the in\n"}
 
@@ -147,6 +157,94 @@ def test_plain(tmp_path, llama3, llama2):
     )  # the tokens of the prompt aren't merged with those of the completion: not "th"
 
 
+def test_alpacas_data(tmp_path, llama3):
+    line = {"instruction": "hi", "output": "the in"}
+    (expected,) = read(tmp_path, llama3, {"messages": [user("hi"), assistant("the in")]})
+    for extra in ({}, {"input": ""}, {"input": None}, {"system": None}):
+        assert read(tmp_path, llama3, line | extra) == [expected]
+    dialog = [system("be"), user("hi\n\nus"), assistant("the in")]
+    assert read(tmp_path, llama3, line | {"input": "us", "system": "be"}) == read(
+        tmp_path, llama3, {"messages": dialog}
+    )
+
+
+def test_share_gpts_data(tmp_path, llama3):
+    dialog = [system("be"), user("hi"), assistant("the in"), user("us"), assistant("ou")]
+    expected = read(tmp_path, llama3, {"messages": dialog})
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    turns = [{"from": names[message["role"]], "value": message["content"]} for message in dialog]
+    assert read(tmp_path, llama3, {"conversations": turns}) == expected
+    assert read(tmp_path, llama3, {"conversations": turns[1:], "system": "be", "id": "x_1"}) == expected
+    assert read(tmp_path, llama3, {"conversations": dialog}) == expected
+    turns[1]["from"], turns[2]["from"] = "user", "assistant"
+    assert read(tmp_path, llama3, {"messages": turns}) == expected
+
+
+def test_keys_that_say_where_data_are_from_are_ignored(tmp_path, llama3):
+    dialog = [user("hi"), assistant("the in")]
+    noise = dict.fromkeys(IGNORED_KEYS, 5) | {"tools": None, "system_prompt": None}
+    expected = read(tmp_path, llama3, {"prompt": "hi", "completion": "the in"}, {"messages": dialog})
+    noisy = {"messages": [message | noise for message in dialog]}
+    assert read(tmp_path, llama3, {"prompt": "hi", "completion": "the in"} | noise, noisy | noise) == expected
+    assert {"id", "source"} <= IGNORED_KEYS
+
+
+def test_messages_of_weight_0_are_not_learned(tmp_path, llama2, llama3):
+    def dialog(*weights):
+        messages = [user("hi"), assistant("the in"), user("us"), assistant("ou")]
+        for message, weight in zip(messages[1::2], weights, strict=True):
+            message["weight"] = weight
+        return {"messages": messages}
+
+    for tokenizer in (llama2, llama3):
+        (both,), (first,), (last,) = (read(tmp_path, tokenizer, dialog(*pair)) for pair in ((1, 1), (1, 0), (0, 1.0)))
+        begin = both.loss_mask.index(True)
+        n_first = both.loss_mask.index(False, begin) - begin
+        assert first.tokens == both.tokens[: begin + n_first]  # what follows would change nothing
+        assert first.loss_mask == both.loss_mask[: begin + n_first]
+        assert last.tokens == both.tokens
+        assert last.loss_mask == [counts and i >= begin + n_first for i, counts in enumerate(both.loss_mask)]
+        assert read(tmp_path, tokenizer, dialog(None, True)) == [both]
+    with pytest.raises(InputError, match=r"line 1: every message of the assistant's has weight 0"):
+        read(tmp_path, llama3, dialog(0, 0))
+    turns = [
+        {"from": "human", "value": "hi"},
+        {"from": "gpt", "value": "the in", "weight": 0},
+        *dialog(0, 1)["messages"],
+    ]
+    (example,) = read(tmp_path, llama3, {"conversations": turns})
+    assert split(example)[1] == [263, 277]
+
+
+def test_weights_where_a_template_leaves_answers_out():
+    segments = [Segment([1], False), Segment([2], True), Segment([3], False), Segment([4], True)]
+    assert leave_out(segments, [True, True, True]) == segments
+    assert leave_out(segments, [False, False, True]) == [segments[0], Segment([2], False), *segments[2:]]
+    with pytest.raises(InputError, match="leaves some earlier answers out, so weights can't be told apart"):
+        leave_out(segments, [True, False, True])
+
+
+def test_where_the_data_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=r"data='~/folder' is a folder; give the file of examples\. It holds nothing"):
+        find_data("~/folder")
+    (tmp_path / "folder" / "README.md").touch()
+    (tmp_path / "folder" / "pairs.jsonl").touch()
+    assert find_data("~/folder/pairs.jsonl") == find_data("~/folder") == tmp_path / "folder" / "pairs.jsonl"
+    (tmp_path / "folder" / "more.jsonl").touch()
+    with pytest.raises(InputError, match=r"It holds README\.md, more\.jsonl, pairs\.jsonl"):
+        find_data(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("array", [json.dumps([PAIR, PAIR]), json.dumps([PAIR, PAIR], indent=2), "\ufeff[\n" + "]"])
+def test_a_json_array_is_refused_with_the_way_to_split_it(tmp_path, llama3, array):
+    (tmp_path / "pairs.json").write_text(array, encoding="utf-8")
+    message = r"pairs\.json is one JSON array, .* for example with `jq -c '\.\[\]' pairs\.json > pairs\.jsonl`"
+    with pytest.raises(InputError, match=message):
+        read_examples(tmp_path / "pairs.json", llama3, None, 96)
+
+
 def test_special_tokens_in_texts_are_plain_text(tmp_path, llama3):
     (example,) = read(tmp_path, llama3, {"prompt": "<|eot_id|>", "completion": "<|eot_id|>"})
     assert (example.tokens.count(277), split(example)[1].count(277)) == (2, 1)
@@ -193,6 +291,25 @@ def test_earlier_answers_are_not_cut_either(tmp_path, llama3):
         ({"messages": [{"role": "robot", "content": "b"}]}, "line 2: message 0: unknown role 'robot'"),
         ({"messages": [user("a"), assistant(None)]}, "line 2: message 1, .* must be"),
         ({"messages": [user("a")]}, "line 2: the last message must be the assistant's, but it is the user's"),
+        ({"instruction": "a"}, r"it must be an object .* with instruction and output, .* keys \['instruction'\]"),
+        ({"instruction": "a", "output": 5}, "line 2: the output must be a text that isn't empty, but it is 5"),
+        ({"instruction": " ", "output": "b"}, "line 2: the instruction must be a text that isn't empty"),
+        ({"instruction": "a", "input": [1], "output": "b"}, r"line 2: the input must be a text, but it is \[1\]"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, r"the keys \['history', 'instruction'"),
+        ({"conversations": [user("a")], "tools": "x"}, r"the keys \['conversations', 'tools'\]"),
+        (
+            {"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]},
+            "must be the assistant's",
+        ),
+        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, r"message 0: unknown role \"\['gpt'\]\""),
+        ({"conversations": [{"from": "function_call", "value": "a"}]}, "unknown role 'function_call'"),
+        ({"messages": [user("a"), assistant("b") | {"weight": 0.5}]}, r"message 1: weight=0\.5 must be 0, .* or 1"),
+        ({"messages": [user("a"), assistant("b") | {"weight": "0"}]}, "message 1: weight='0' must be 0"),
+        ({"messages": [user("a") | {"weight": 1}, assistant("b")]}, "message 0: weight=1, but only the assistant's"),
+        ({"messages": [user("a"), assistant("b") | {"train": False}]}, r"message 1: unknown keys \['train'\]"),
+        ({"messages": [user("a"), assistant("b") | {"tool_calls": [1]}]}, r"unknown keys \['tool_calls'\]"),
+        ({"messages": [{"from": "gpt", "role": "user", "content": "b"}]}, r"unknown keys \['from'\]"),
+        ("[" * 100_000, "line 2: not JSON"),
         (
             {"messages": [user("a"), assistant(" "), user("a"), assistant("b")]},
             "line 2: message 1: the assistant's message is empty",
@@ -215,7 +332,7 @@ def test_invalid_lines_for_llama2_and_plain_text(tmp_path, llama2, llama3):
     ):
         with pytest.raises(InputError, match=problem):
             read(tmp_path, llama2, {"messages": dialog})
-    with pytest.raises(InputError, match="line 1: messages need a chat format"):
+    with pytest.raises(InputError, match="line 1: a dialog needs a chat format"):
         read(tmp_path, llama3, {"messages": [user("a"), assistant("b")]}, chat=False)
 
 

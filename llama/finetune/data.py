@@ -10,7 +10,8 @@ ask.
 
 import json
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +19,27 @@ import torch
 
 from llama.chat_format import ChatFormat, Segment, encode_continued
 from llama.errors import InputError
-from llama.files import require_file
+from llama.files import listing, require_file, require_path
 from llama.tokenizer import Tokenizer
 
+BOM = b"\xef\xbb\xbf"
+
 MAX_REPORTED_LINES = 10  # of the invalid ones, in an error message
+
+# The keys of each kind of line: those that it has, and those that it may have. The last two are those of Alpaca's data
+# and of ShareGPT's.
+SHAPES = (
+    (frozenset({"prompt", "completion"}), frozenset[str]()),
+    (frozenset({"messages"}), frozenset[str]()),
+    (frozenset({"instruction", "output"}), frozenset({"input", "system"})),
+    (frozenset({"conversations"}), frozenset({"system"})),
+)
+# Keys of lines and messages that say where these come from, and are ignored; so are those whose value is null.
+IGNORED_KEYS = frozenset(
+    {"id", "idx", "index", "uuid", "conversation_id", "prompt_id", "message_id", "source", "dataset", "url", "license"}
+    | {"category", "topic", "task", "lang", "language", "author", "date", "timestamp", "metadata", "meta", "comment"}
+)
+SHARE_GPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 
 
 class Example(NamedTuple):
@@ -46,29 +64,51 @@ class Batch(NamedTuple):
     loss_mask: torch.Tensor  # (batch, seq) bool: whether the target counts in the loss
 
 
+def find_data(path: str | Path) -> Path:
+    """The file of examples: `path` itself, with `~` expanded, or the only `.jsonl` file in the folder of this name.
+
+    Raises:
+        InputError: not a path, no ordinary file, or a folder with no such file or several.
+        MissingFileError: nothing exists there.
+    """
+    folder = require_path(path, "data")
+    if not folder.is_dir():
+        return require_file(path, "data")
+    files = [file for file in folder.iterdir() if file.suffix == ".jsonl"]
+    if len(files) != 1:
+        raise InputError(f"data={str(path)!r} is a folder; give the file of examples. It holds {listing(folder)}")
+    return require_file(files[0], "data")
+
+
 def read_examples(
     path: str | Path, tokenizer: Tokenizer, formatter: ChatFormat | None, max_seq_len: int
 ) -> list[Example]:
     """Read and tokenize a file of JSON Lines.
 
     Args:
-        path: the file. Each line is `{"prompt": text, "completion": text}` or `{"messages": [{"role": …, "content":
-            …}, …]}`; blank lines are skipped.
+        path: see `find_data`. Each line has the keys of one of `SHAPES`; blank lines are skipped.
         tokenizer: the tokenizer.
         formatter: the chat format; None for plain text, where the completion directly follows the prompt.
         max_seq_len: maximum number of tokens of an example. A longer one loses tokens at the beginning of its prompt
-            (but not its BOS), and never any of the assistant's.
+            (but not its BOS), and never any of the assistant's that count.
 
     Raises:
         InputError: some lines are invalid (the message lists them and says why), or there are no lines.
     """
-    examples, problems = [], []
-    with require_file(path, "data").open("rb") as file:
+    path = find_data(path)
+    examples: list[Example] = []
+    problems: list[str] = []
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
+                if not examples and not problems and re.match(rb"\s*\[\s*(\{|$)", line.removeprefix(BOM)):
+                    raise InputError(
+                        f"{path} is one JSON array, not JSON Lines: write each of its elements on a line of its own, "
+                        f"for example with `jq -c '.[]' {path.name} > {path.stem}.jsonl`"
+                    )
                 try:
                     examples.append(parse_line(number, line, tokenizer, formatter, max_seq_len))
-                except InputError as error:
+                except (InputError, RecursionError) as error:
                     problems.append(f"line {number}: {error}")
     if problems:
         omitted = [f"… ({len(problems)} in all)"] if len(problems) > MAX_REPORTED_LINES else []
@@ -87,14 +127,7 @@ def parse_line(
         value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON: {error}") from error
-    keys = set(value) if isinstance(value, dict) else None
-    if keys == {"prompt", "completion"}:
-        segments = encode_pair(value["prompt"], value["completion"], tokenizer, formatter)
-    elif keys == {"messages"}:
-        segments = encode_messages(value["messages"], formatter)
-    else:
-        actual = f"has the keys {sorted(keys)}" if keys is not None else f"is {value!r:.80}"
-        raise InputError(f"it must be an object with prompt and completion, or with messages, but it {actual}")
+    segments = encode_line(value, tokenizer, formatter)
     tokens = [token for segment in segments for token in segment.tokens]
     loss_mask = [segment.from_assistant for segment in segments for _ in segment.tokens]
     while not loss_mask[-1]:  # tokens after the last one that counts would change nothing
@@ -103,14 +136,46 @@ def parse_line(
     return truncate_prompt(Example(number, tokens, loss_mask), tokenizer.bos_id, max_seq_len)
 
 
-def encode_pair(
-    prompt: object, completion: object, tokenizer: Tokenizer, formatter: ChatFormat | None
-) -> list[Segment]:
+def encode_line(value: object, tokenizer: Tokenizer, formatter: ChatFormat | None) -> list[Segment]:
+    """Encode what a line says, in whichever of `SHAPES` it is; InputError if it is in none of them."""
+    kinds = "prompt and completion, with messages, with instruction and output, or with conversations"
+    if not isinstance(value, dict):
+        raise InputError(f"it must be an object with {kinds}, but it is {value!r:.80}")
+    fields = known_keys(value)
+    if not any(required <= set(fields) <= required | optional for required, optional in SHAPES):
+        raise InputError(f"it must be an object with {kinds}, but it has the keys {sorted(fields)}")
+    if "prompt" in fields:
+        return encode_pair(fields["prompt"], fields["completion"], tokenizer, formatter)
+    if "instruction" in fields:
+        instruction, given, answer = fields["instruction"], fields.get("input", ""), fields["output"]
+        for name, text in (("instruction", instruction), ("output", answer)):
+            check_text(name, text)
+        if not isinstance(given, str):
+            raise InputError(f"the input must be a text, but it is {given!r:.80}")
+        question = f"{instruction}\n\n{given}" if given.strip() else instruction
+        messages: Any = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    else:
+        messages = fields["messages"] if "messages" in fields else fields["conversations"]
+    if "system" in fields and isinstance(messages, list):
+        messages = [{"role": "system", "content": fields["system"]}, *messages]
+    return encode_messages(messages, formatter)
+
+
+def known_keys(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that mean something, with their values."""
+    return {key: value for key, value in fields.items() if value is not None and key not in IGNORED_KEYS}
+
+
+def check_text(name: str, text: object) -> None:
+    """Raise InputError unless this is a text that isn't empty."""
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"the {name} must be a text that isn't empty, but it is {text!r:.80}")
+
+
+def encode_pair(prompt: Any, completion: Any, tokenizer: Tokenizer, formatter: ChatFormat | None) -> list[Segment]:
     """Encode a prompt and its completion: as a dialog, or as plain text that the end-of-text token ends."""
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise InputError(f"the prompt must be a text that isn't empty, but it is {prompt!r:.80}")
-    if not isinstance(completion, str) or not completion.strip():
-        raise InputError(f"the completion must be a text that isn't empty, but it is {completion!r:.80}")
+    check_text("prompt", prompt)
+    check_text("completion", completion)
     if formatter is not None:
         user, assistant = {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}
         return encode_messages([user, assistant], formatter)
@@ -119,9 +184,16 @@ def encode_pair(
 
 
 def encode_messages(messages: Any, formatter: ChatFormat | None) -> list[Segment]:
-    """Encode a dialog in its model's chat format; InputError if it isn't one that can be trained on."""
+    """Encode a dialog in its model's chat format; InputError if it isn't one that can be trained on.
+
+    An assistant's message with `"weight": 0` doesn't count in the loss.
+    """
     if formatter is None:
-        raise InputError("messages need a chat format; with --format plain, give a prompt and a completion")
+        raise InputError("a dialog needs a chat format; with --format plain, give a prompt and a completion")
+    counts: list[bool] = []
+    if isinstance(messages, list):
+        read = [read_message(number, message) for number, message in enumerate(messages)]
+        messages, counts = [message for message, _ in read], [count for _, count in read]
     segments = formatter.encode_turns(messages)  # raises InputError for invalid messages
     if messages[-1]["role"] != "assistant":
         raise InputError(f"the last message must be the assistant's, but it is the {messages[-1]['role']}'s")
@@ -131,7 +203,55 @@ def encode_messages(messages: Any, formatter: ChatFormat | None) -> list[Segment
     refusal = formatter.refusal(messages)
     if refusal is not None:
         raise InputError(refusal)
-    return segments
+    answer_counts = [count for message, count in zip(messages, counts, strict=True) if message["role"] == "assistant"]
+    return leave_out(segments, answer_counts)
+
+
+def read_message(number: int, message: Any) -> tuple[Any, bool]:
+    """Return a message with its role and content alone, and whether it counts in the loss if it is the assistant's.
+
+    Raises:
+        InputError: it has a weight other than 0 and 1, or keys that mean something unknown. The rest is left to
+            `check_dialog`.
+    """
+    if not isinstance(message, dict):
+        return message, True
+    fields = known_keys(message)
+    if {"from", "value"} <= set(fields):
+        speaker = str(fields.pop("from"))
+        fields |= {"role": SHARE_GPT_ROLES.get(speaker, speaker), "content": fields.pop("value")}
+    weight = fields.pop("weight", None)
+    if weight not in (None, 0, 1):
+        raise InputError(f"message {number}: weight={weight!r:.80} must be 0, so that it isn't learned, or 1")
+    if weight and fields.get("role") != "assistant":
+        raise InputError(f"message {number}: weight={weight!r}, but only the assistant's messages are learned")
+    if unknown := sorted(set(fields) - {"role", "content"}):
+        raise InputError(f"message {number}: unknown keys {unknown}; there are role, content and weight: remove others")
+    return fields, weight != 0
+
+
+def leave_out(segments: list[Segment], counts: Sequence[bool]) -> list[Segment]:
+    """Mark the answers that don't count in the loss as not to be learned.
+
+    Args:
+        segments: the result of `encode_turns`.
+        counts: for each of the assistant's messages, whether it counts.
+
+    Raises:
+        InputError: none counts, or the model's chat template doesn't show which is which.
+    """
+    if not any(counts):
+        raise InputError("every message of the assistant's has weight 0: there is nothing to learn")
+    answers = [i for i, segment in enumerate(segments) if segment.from_assistant]
+    if len(answers) < len(counts) and not all(counts):  # a chat template may leave earlier answers out; not the last
+        if any(counts[:-1]):
+            raise InputError(
+                "the model's chat template leaves some earlier answers out, so weights can't be told apart: give each "
+                "answer that is to be learned as the last of a dialog of its own"
+            )
+        counts = [False] * (len(answers) - 1) + [True]
+    omitted = {i for i, count in zip(answers, counts, strict=False) if not count}
+    return [Segment(tokens, learned and i not in omitted) for i, (tokens, learned) in enumerate(segments)]
 
 
 def truncate_prompt(example: Example, bos_id: int | None, max_seq_len: int) -> Example:
