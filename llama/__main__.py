@@ -43,11 +43,6 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"  # only in a clone of t
 
 def main() -> None:
     on_ctrl_c(exit_at_once)  # until `run` calls the command: its imports take over a second
-    if sys.argv[1:2] == ["--version"]:
-        import importlib.metadata
-
-        print(f"llama {importlib.metadata.version('llama')}")
-        return
     commands = COMMANDS
     if (BENCHMARKS / "compare.py").is_file() and (BENCHMARKS.parent / "pyproject.toml").is_file():
         commands = commands | {"bench": BENCH}

@@ -191,7 +191,9 @@ def test_lines_typed_ahead_are_messages_of_their_own():
         process.expect("answered")
     process.send("!\r")
     process.expect("message: 'last!'")
-    process.send("forgotten\rforgotten\rforgotten\x03")  # with Ctrl-C
+    process.send("second\rforgotten\rforgotten\rforgotten")
+    process.expect("message: 'second'")
+    process.send("\x03")  # Ctrl-C, which forgets them
     process.expect("stopped")
     process.send("new\r")
     process.expect("message: '(.*)'")

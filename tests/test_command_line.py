@@ -187,13 +187,14 @@ def test_what_other_libraries_do_is_not_logged(name, level, shown):
 
 # How a program ends
 
-LIGHT = "import sys, threading, time; from llama.cli import run\n"  # programs that don't import torch, for speed
+# Programs that don't import torch, for speed.
+LIGHT = "import logging, os, sys, threading, time; from llama.cli import run\n"
 
 
 def start(program: str, shell: str = "{}", **environment: str) -> subprocess.CompletedProcess:
     """Run a Python program by a line of bash, in which it is {}."""
     command = shell.format('"$PYTHON" -c "$PROGRAM"')
-    environment |= {"PYTHON": sys.executable, "PROGRAM": program, "PYTHONPATH": str(ROOT)}
+    environment |= {"PYTHON": sys.executable, "PROGRAM": program, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     return subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, env=os.environ | environment, timeout=60
     )
@@ -208,15 +209,30 @@ bash = pytest.mark.skipif(os.name != "posix", reason="runs bash")
     [
         ("{} > /dev/full; echo $?", "1\n"),
         ("{} | true; echo ${{PIPESTATUS[0]}}", "141\n"),
+        ("{} 2>&-; echo $?", "result\n0\n"),
         ("{} >&-; echo $?", "0\n"),
         ("{} <&- >&- 2>&-; echo $?", "0\n"),
     ],
 )
 def test_output_that_can_t_be_written(shell, output):
-    program = "def main() -> None:\n    time.sleep(0.1)  # until `true` has ended\n    print('result')\nrun(main)"
-    result = start(LIGHT + program, shell)
+    program = f"""{LIGHT}
+def main() -> None:
+    time.sleep(0.1)  # until `true` has ended
+    logging.getLogger("llama").info("a message")
+    print("result")
+run(main)
+"""
+    result = start(program, shell)
     assert result.stdout == output
-    assert result.stderr == ("error: [Errno 28] No space left on device\n" if "full" in shell else "")
+    messages = ["a message"] * ("2>&-" not in shell) + ["error: [Errno 28] No space left on device"] * ("full" in shell)
+    assert result.stderr.splitlines() == messages
+
+
+@bash
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_that_can_t_be_written(option):
+    result = start("", f'"$PYTHON" -m llama {option} > /dev/full')
+    assert (result.returncode, result.stderr) == (1, "error: [Errno 28] No space left on device\n")
 
 
 @bash
@@ -228,7 +244,6 @@ def main(file: str) -> None:
         opened.write("content")
         os.write(1, b"from a library")
         os.write(2, b"from a library")
-import os
 run(main, args=[os.environ["FILE"]])
 """
     result = start(program, "{} <&- >&- 2>&-", FILE=os.devnull)
@@ -259,7 +274,10 @@ posix = pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 @posix
 def test_ctrl_c_while_torch_is_imported(tmp_path):
     """Within the first second, in which Python's own answer is a traceback."""
-    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    # Modules in C may turn the interruption into an error of their own.
+    lines = ["import time", "print('importing', flush=True)", "try:", "    time.sleep(60)"]
+    lines += ["except KeyboardInterrupt:", "    raise SystemError('initialization of torch._C failed')"]
+    (tmp_path / "torch.py").write_text("\n".join(lines))
     path = f"{tmp_path}{os.pathsep}{ROOT}"
     assert interrupt("-m", "llama", "complete", "x", PYTHONPATH=path)[:2] == (130, "")
 

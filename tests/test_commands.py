@@ -289,6 +289,8 @@ def test_arguments_are_taken_as_they_are_typed(runner, tmp_path, tiny_checkpoint
 def test_input_that_is_not_utf_8(runner, tiny_checkpoint):
     result = runner.llama("complete", "--json", "--ckpt_dir", tiny_checkpoint, *GREEDY, stdin=Stdin(b"caf\xe9"))
     assert json.loads(result.stdout)["prompt"] == "caf\ufffd"
+    argument = runner.llama("complete", "caf\udce9", "--json", "--ckpt_dir", tiny_checkpoint, *GREEDY)
+    assert argument.stdout == result.stdout
 
 
 @pytest.mark.slow

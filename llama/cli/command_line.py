@@ -140,7 +140,7 @@ def set_up_streams() -> None:
 
 
 def find_call(component: Command | Mapping[str, LazyCommand], name: str, args: list[str]) -> Callable[[], None]:
-    """Return the call that a command line asks for: of a command, or of what prints its help.
+    """Return the call that a command line asks for: of a command, or of what prints its help or the version.
 
     Args:
         component, name: see `run`.
@@ -154,6 +154,10 @@ def find_call(component: Command | Mapping[str, LazyCommand], name: str, args: l
     options = args[: args.index("--")] if "--" in args else args
     if any(map(HELP_OPTION.fullmatch, options)) or (isinstance(component, Mapping) and not args):
         return functools.partial(print, help_text(component, name))
+    if isinstance(component, Mapping) and args[0] == "--version":
+        import importlib.metadata  # not at the top: it takes as long as everything else here
+
+        return functools.partial(print, f"{name} {importlib.metadata.version('llama')}")
     if isinstance(component, Mapping):
         exit_with_usage_error(f"{args[0]} must come after a command of {name}")
     return bind(component, name, args)

@@ -93,12 +93,17 @@ def text_or_stdin(text: str | None) -> str:
         InputError: there is neither, or several processes would share standard input.
     """
     if text is not None:
-        return text
+        return replace_surrogates(text)
     if sys.stdin is None or sys.stdin.isatty():
         raise InputError('no text: give one, in quotes ("…"), or pipe one in')
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("no text: several processes can't share standard input; give the text as an argument")
     return sys.stdin.read().removesuffix("\n")
+
+
+def replace_surrogates(text: str) -> str:
+    """Replace what Python makes of typed bytes that are not valid UTF-8, which no tokenizer or file takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Keyboard:
@@ -144,7 +149,7 @@ class Keyboard:
         keys, self._typed_ahead = self._typed_ahead[:end], self._typed_ahead[end:]
         text = ESCAPE_SEQUENCE.sub("", keys.decode("utf-8", "replace"))
         message = self._read_line("".join(key for key in text if key.isprintable() or key in EDITING_KEYS))
-        return message.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # bytes that are not valid UTF-8
+        return replace_surrogates(message)
 
     def interrupted(self) -> bool:
         """Return whether Ctrl-C was pressed since the last message; other keys are kept for the next messages."""
