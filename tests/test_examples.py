@@ -126,7 +126,7 @@ def test_mistakes_in_the_values(runner, tiny_checkpoint):
         (["--max_seq_len", "9000"], "error: max_seq_len=9000 is over this model's limit of 8192\n"),
         (["--max_batch_size", "0"], "error: max_batch_size=0 must be a whole number of at least 1\n"),
         (["--top_p", "2"], "error: top_p=2 must be a number between 0 and 1\n"),
-        (["--quantize", "int5"], "error: quantize='int5' must be one of ['int8', 'int4']\n"),
+        (["--quantize", "int5"], "error: quantize='int5' must be one of ['int8', 'int4'], or None\n"),
     ):
         result = runner.run(example(TEXT), "--ckpt_dir", tiny_checkpoint, *options)
         assert (result.returncode, result.stderr) == (1, message)
