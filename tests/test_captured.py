@@ -139,12 +139,25 @@ def test_replaced_weights_hooks_and_another_cache_count():
     assert n_graphs_and_replays() == (8, 90)
 
 
-def test_a_step_changes_what_the_cache_holds():
+def test_a_step_changes_what_the_cache_holds(monkeypatch):
+    """A graph does no more than what the GPU does: what the host keeps of the cache is not part of it."""
     model = captured_model()
-    model.setup_cache().tokens = [[5, 6, 7]]
+    steps(model, 1, 2)
+    monkeypatch.setattr(Graph, "replay", lambda graph: None)
+    model.cache.tokens = [[5, 6, 7]]
     with torch.inference_mode():
-        model.forward(torch.tensor([[9]]), 1)
+        model.forward(torch.tensor([[9]]), 2)
     assert model.cache.tokens == []
+
+
+def test_another_cache_within_an_answer_counts():
+    model = captured_model()
+    steps(model, 5, 10)
+    before, model.cache = model.cache, None
+    with torch.inference_mode():
+        model.forward(torch.tensor([[9]]), 10)
+    assert len(Graph.graphs) == 2
+    assert model.cache is not before
 
 
 def test_a_copy_captures_for_itself():
