@@ -13,6 +13,7 @@ from llama.checkpoint.parameters import parameter_shapes
 from llama.checkpoint.save import write_checkpoint
 from llama.device import dtype_named
 from llama.model_args import ModelArgs
+from llama.output_folder import check_free, output_path
 from llama.tokenizer import Tokenizer
 
 logger = logging.getLogger("llama")
@@ -43,6 +44,7 @@ def convert(
         adapter: the folder of a PEFT LoRA adapter, which was trained on this checkpoint; it is computed in float32
     """
     requested_dtype = dtype_named(dtype)
+    check_free(output_path(to))
     checkpoint = open_checkpoint(from_)
     tokenizer = find_tokenizer(checkpoint, tokenizer_path)
     vocab_size = checkpoint.settings.params.get("vocab_size", -1) if tokenizer is None else tokenizer.n_words
@@ -52,16 +54,17 @@ def convert(
         args.max_position_embeddings = checkpoint.settings.advised_seq_len
     tensors = read_parameters(checkpoint, args)
     if adapter is not None:
-        tensors = LoRAAdapter(adapter, args).merge(tensors)
-        own = [name for name in ("tokenizer.json", "tokenizer.model") if (Path(adapter) / name).exists()]
+        lora = LoRAAdapter(adapter, args)
+        tensors = lora.merge(tensors)
+        own = [name for name in ("tokenizer.json", "tokenizer.model") if (lora.path / name).exists()]
         if own and tokenizer_path is None:
             logger.warning(
                 "the base model's tokenizer is written, with its chat template; for the adapter's own, give "
                 "tokenizer_path=%s",
-                Path(adapter) / own[0],
+                lora.path / own[0],
             )
     write_checkpoint(to, layout, args, tensors, requested_dtype or checkpoint.dtype(), shards, tokenizer)
-    logger.info("wrote %s", to)
+    logger.info("wrote %s", output_path(to))
 
 
 def find_tokenizer(checkpoint: Checkpoint, tokenizer_path: str | None) -> Tokenizer | None:

@@ -1,14 +1,13 @@
 """Writing checkpoints: from a network on any number of processes, or from a checkpoint of any layout."""
 
-import errno
 import logging
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from llama.checkpoint.disk_space import check_disk_space, full_disk_explained
 from llama.checkpoint.hugging_face import MAX_SHARD_BYTES, write_hugging_face
 from llama.checkpoint.meta import implied_stop_tokens, write_meta
 from llama.checkpoint.parameters import parameter_count, parameter_shapes, share
@@ -16,9 +15,9 @@ from llama.checkpoint.progress import progress
 from llama.device import dtype_name
 from llama.distributed import gather, is_first_rank, model_parallel_size, raise_on_all_ranks
 from llama.errors import InputError
-from llama.files import new_folder
 from llama.model import Transformer
 from llama.model_args import ModelArgs
+from llama.output_folder import new_folder, output_path
 from llama.quantized import QuantizedWeight
 from llama.tokenizer import Tokenizer
 from llama.vocab import SentencePieceTokenizer, Vocabulary
@@ -136,32 +135,29 @@ def write_checkpoint(
     if tokenizer is not None and str(layout).lower() == "meta":  # the layout has no padded embeddings
         args = replace(args, vocab_size=args.vocab_size - tokenizer.n_padding)
     layout = check_layout(layout, shards, args)
-    with new_folder(folder) as temporary:
-        check_disk_space(folder, temporary, layout, parameter_count(args) * dtype.itemsize, shards)
-        shown = progress(tensors, "writing", " tensors", total=len(parameter_shapes(args)))
-        if layout == "meta":
-            write_meta(temporary, args, shown, dtype, shards or 1)
-        else:
-            write_hugging_face(temporary, args, shown, dtype, shards)
-        if tokenizer is not None:
-            write_tokenizer(temporary, layout, tokenizer, implied_stop_tokens(tokenizer, args.use_scaled_rope))
+    target, needed = output_path(folder), disk_bytes(layout, parameter_count(args) * dtype.itemsize, shards)
+    with new_folder(target) as temporary:
+        check_disk_space(target, needed, temporary)
+        with full_disk_explained(target, needed, temporary):
+            shown = progress(tensors, "writing", " tensors", total=len(parameter_shapes(args)))
+            if layout == "meta":
+                write_meta(temporary, args, shown, dtype, shards or 1)
+            else:
+                write_hugging_face(temporary, args, shown, dtype, shards)
+            if tokenizer is not None:
+                write_tokenizer(temporary, layout, tokenizer, implied_stop_tokens(tokenizer, args.use_scaled_rope))
 
 
-def check_disk_space(folder: str | Path, temporary: Path, layout: str, weight_bytes: int, shards: int | None) -> None:
-    """Raise OSError if there is less free disk space than writing takes.
+def disk_bytes(layout: str, weight_bytes: int, shards: int | None) -> int:
+    """The disk space that writing takes at most.
 
     Args:
-        folder: the folder to write, for the error message.
-        temporary: the folder that is written to.
         layout, shards: see `save_checkpoint`.
         weight_bytes: of all files of weights.
     """
     # Staged tensors need space too: those of all files, or in Hugging Face's layout those of one.
     files = 1 if layout == "meta" else shards or max(1, weight_bytes // MAX_SHARD_BYTES)
-    needed, free = weight_bytes + weight_bytes // files, shutil.disk_usage(temporary).free
-    if needed > free:
-        message = f"writing takes {needed / 1e9:.1f} GB, and only {free / 1e9:.1f} GB are free"
-        raise OSError(errno.ENOSPC, message, str(folder))
+    return weight_bytes + weight_bytes // files
 
 
 def write_tokenizer(folder: Path, layout: str, tokenizer: Tokenizer, implied_stop_tokens: set[int]) -> None:
