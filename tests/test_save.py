@@ -1,5 +1,7 @@
 """Saving models, and converting between layouts: the result loads, here and in transformers."""
 
+import contextlib
+import errno
 import json
 import os
 import shutil
@@ -27,12 +29,14 @@ from conftest import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from test_finetune_parallel import write_pairs
 from test_hugging_face import MODELS, random_hugging_face_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer
 from llama.checkpoint import load_model, open_checkpoint, parameter_shapes, save_checkpoint
+from llama.checkpoint.disk_space import full_disk_explained
 from llama.checkpoint.hugging_face import split_evenly, to_config_json
 from llama.checkpoint.load import set_weight
 from llama.checkpoint.meta import to_params_json
@@ -43,6 +47,11 @@ from llama.finetune import finetune
 from llama.finetune.run_folder import RunFolder
 from llama.model_args import feed_forward_size
 from llama.quantized import QUANTIZATIONS, QuantizedWeight
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 VOCAB = 524
 TOKENS = torch.randint(VOCAB, (2, 80), generator=torch.Generator().manual_seed(3))
@@ -380,6 +389,53 @@ def test_not_enough_disk_space(tmp_path, llama3, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@contextlib.contextmanager
+def largest_file(size):
+    """While the block runs, no file of this process can be larger: writes fail as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.skipif(resource is None, reason="Windows has no such limits")
+@pytest.mark.parametrize(("layout", "size"), [("meta", 600_000), ("hf", 600_000), ("meta", 100_000), ("meta", 100)])
+def test_a_full_disk_is_named(tmp_path, llama3, layout, size):
+    """Whichever file it is that doesn't fit: the weights, a staged tensor, the tokenizer."""
+    model = tiny_model(vocab_size=VOCAB)
+    with (
+        largest_file(size),
+        pytest.raises(OSError, match=r"the disk takes no more: writing takes 0\.0 GB, and") as error,
+    ):
+        save_checkpoint(tmp_path / "saved", model, llama3, layout=layout)
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / "saved"))
+    assert list(tmp_path.iterdir()) == []
+    save_checkpoint(tmp_path / "saved", model, llama3, layout=layout)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 51528128 vs 51528016"),
+        RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/3"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+    ],
+)
+def test_every_error_of_a_full_disk_is_one(tmp_path, error):
+    message = r"writing takes 1\.5 GB, and \d+\.\d GB were free before"
+    with pytest.raises(OSError, match=message) as raised, full_disk_explained(tmp_path, 1_500_000_000, tmp_path):
+        raise error
+    assert raised.value.errno == errno.ENOSPC
+    assert raised.value.__cause__ is error
+    for other in (RuntimeError("a shape"), PermissionError(errno.EACCES, "no"), ZeroDivisionError()):
+        with pytest.raises(type(other)) as raised, full_disk_explained(tmp_path, 1, tmp_path):
+            raise other
+        assert raised.value is other
+
+
 @pytest.fixture(params=[0o022, 0o077, 0o007], ids=oct)
 def umask(request):
     """A umask, for the time of the test."""
@@ -403,7 +459,9 @@ def test_what_is_written_has_the_permissions_that_the_umask_gives(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has other permissions")
 def test_what_fine_tuning_writes_has_them_too(tmp_path, tiny_checkpoint, umask):
-    RunFolder(tmp_path / "interrupted", {}).save_state(1, {"weights": torch.zeros(3)})
+    with RunFolder(tmp_path / "interrupted") as folder:
+        folder.begin({})
+        folder.save_state(1, {"weights": torch.zeros(3)}, 12)
     finetune(write_pairs(tmp_path / "data.jsonl"), tmp_path / "out", tiny_checkpoint, max_seq_len=96, epochs=1)
     assert_permissions(tmp_path, umask)
 
@@ -434,6 +492,21 @@ def test_killed_in_the_middle(tmp_path, tiny_checkpoint):
     (leftover,) = tmp_path.glob(".saved.unfinished-*")
     with pytest.raises(FileNotFoundError):
         load(leftover)
+    convert(tiny_checkpoint, tmp_path / "saved")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.py", "saved"]
+
+
+def test_converting_into_a_link_or_a_folder_of_the_home(tmp_path, tiny_checkpoint, monkeypatch):
+    """And a target that can't be replaced is refused before the checkpoint is even opened."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    (tmp_path / "home").symlink_to(tiny_checkpoint)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    convert("~/home", "~/link")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
+    assert same_weights(load(tmp_path / "link"), load(tiny_checkpoint))
+    with pytest.raises(ValueError, match="model is there already"):
+        convert("nowhere", "~/link")
 
 
 # The command line

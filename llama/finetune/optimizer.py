@@ -147,6 +147,10 @@ class Optimizer:
         masters = {name: weight.detach() for name, weight in self.master_weights.items()}
         return {"masters": masters, "adamw": self._adamw.state_dict()}
 
+    def state_bytes(self) -> int:
+        """The size of the tensors of `state` after a step: three float32 numbers for each weight."""
+        return sum(12 * weight.numel() for weight in self.master_weights.values())
+
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a result of `state`."""
