@@ -6,7 +6,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from queue import SimpleQueue
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from run_command import Runner
 from llama import Llama, Tokenizer
 from llama.chat_format import Llama2Format
 from llama.checkpoint import save_checkpoint
+from llama.cli.chat import ChatRequest, answer
 from llama.cli.terminal import escape_control_characters
 
 PROMPT = r"\x1b\[\?2004h.*?>"  # switches on bracketed paste, then the prompt at which to type
@@ -369,3 +373,27 @@ def test_mistakes_are_found_before_the_model_is_loaded(runner, monkeypatch, opti
     assert result.returncode != 0
     assert result.stderr.startswith(message)
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="not on Windows")
+def test_ctrl_c_is_heard_before_the_first_piece():
+    """While a long prompt is prefilled, for which this waits for ever."""
+    closed = []
+
+    def stream(*arguments, **options):
+        try:
+            yield SimpleQueue().get()
+        finally:
+            closed.append(True)
+
+    begin = time.monotonic()
+    before = threading.active_count()
+    reply = answer(
+        SimpleNamespace(chat_completion_stream=stream),
+        ChatRequest([], 0, 1, 10),
+        lambda: time.monotonic() - begin > 0.3,
+    )
+    assert (reply.text, reply.ended) == ("", "interrupted")
+    assert time.monotonic() - begin < 5
+    assert closed == [True]
+    assert threading.active_count() == before

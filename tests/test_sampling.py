@@ -203,7 +203,7 @@ def test_a_gpu_samples_the_same_without_a_wait_for_the_device(rows, vocab_size, 
 
 
 def test_logits_that_divided_by_the_temperature_exceed_float32():
-    logits = torch.tensor([[1.0, 2e38, 3e38], [3e38, -3e38, 3e38], [1.0, 2.0, 3.0], [torch.nan, 0.0, 0.0]])
+    logits = torch.tensor([[1.0, 2e38, 3e38], [3e38, -3e38, 3e38], [1.0, 1.1, 1.2], [torch.nan, 0.0, 0.0]])
     samples = torch.stack([sample(logits, 0.5, 1.0, generator=torch.Generator().manual_seed(i)) for i in range(60)])
     assert set(samples[:, 0].tolist()) == {2}
     assert set(samples[:, 1].tolist()) == {0, 2}

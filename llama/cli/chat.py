@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, cast
 
+import torch.distributed as dist
+
 from llama.chat_format import ChatFormat
 from llama.cli.build import build_llama
-from llama.cli.terminal import Keyboard, escape_control_characters, print_piece, require_stdout
+from llama.cli.terminal import Keyboard, escape_control_characters, interrupting, print_piece, require_stdout
 from llama.dialog import Dialog, Message, check_dialog
 from llama.distributed import broadcast_object, is_first_rank
 from llama.errors import InputError
@@ -120,19 +122,22 @@ def chat(
 
 
 def answer(llama: Llama, request: ChatRequest, interrupted: Callable[[], bool]) -> Answer:
-    """Print a model's answer while it is generated, to its end or until `interrupted()`, which is called per piece.
+    """Print a model's answer while it is generated, to its end or until `interrupted()`.
 
-    Every process takes the same pieces, and stops at the same one whatever goes wrong on the first, so that the next
-    object that is broadcast is a request for all of them.
+    One process asks that at any time, since a long prompt takes long to prefill. Several ask it after each piece: every
+    process takes the same pieces, and stops at the same one whatever goes wrong on the first, so that the next object
+    that is broadcast is a request for all of them.
     """
     text, n_tokens, ended = "", 0, "interrupted"
+    several = dist.is_initialized()
+    watch = contextlib.nullcontext() if several else interrupting(interrupted)
     begin = time.monotonic()
     stream = llama.chat_completion_stream(
         [request.dialog], request.temperature, request.top_p, request.max_gen_len, reuse_cache=True
     )
     # Ctrl-C raises KeyboardInterrupt where standard input is not a terminal, and on Windows. The stream is closed at
     # once, even if an error is raised, because the other processes wait for that before they take the next request.
-    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(stream):
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(stream), watch:
         for piece in stream:
             text += piece.text
             n_tokens += piece.token is not None
@@ -142,7 +147,7 @@ def answer(llama: Llama, request: ChatRequest, interrupted: Callable[[], bool]) 
                 print_piece(piece.text)
             except OSError as error:  # such as a closed pipe
                 output_error = error
-            stop = broadcast_object(output_error is not None or interrupted())
+            stop = broadcast_object(output_error is not None or (several and interrupted()))
             if output_error is not None:
                 raise output_error
             if stop:

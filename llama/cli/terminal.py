@@ -1,13 +1,15 @@
 """What the commands share of the terminal: a text from the command line or a pipe, messages that a user types, Ctrl-C,
 and safe printing."""
 
+import contextlib
 import json
 import os
 import re
 import select
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -104,6 +106,29 @@ def text_or_stdin(text: str | None) -> str:
 def replace_surrogates(text: str) -> str:
     """Replace what Python makes of typed bytes that are not valid UTF-8, which no tokenizer or file takes."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+@contextlib.contextmanager
+def interrupting(interrupted: Callable[[], bool]) -> Iterator[None]:
+    """Within the block, raise KeyboardInterrupt in the main thread, which runs it, as soon as `interrupted()`."""
+    lock, ended = threading.Lock(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            if interrupted():
+                with lock:
+                    if not ended.is_set():
+                        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True, name="watch for Ctrl-C")
+    watcher.start()
+    try:
+        yield
+    finally:
+        with lock:
+            ended.set()
+        watcher.join()
 
 
 class Keyboard:
