@@ -20,7 +20,7 @@ def check_disk_space(folder: Path, needed: int, disk: Path) -> None:
 
     Args:
         folder: what is written, for the error message.
-        needed: in bytes.
+        needed: in bytes; 0 for a small file.
         disk: an existing folder on the disk.
     """
     free = shutil.disk_usage(disk).free

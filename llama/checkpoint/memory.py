@@ -82,10 +82,11 @@ def _weight_bytes_by_quantization(
 ) -> Counter[str | None]:
     """`weight_bytes` of the parameters that are kept in 8 bits, in 4 bits, and (under None) in the dtype."""
     total: Counter[str | None] = Counter()
-    for name, shape in parameter_shapes(replace(args, n_layers=1)).items():
-        axis, start, stop = share(name, shape, args, 0, size)
+    one_layer = replace(args, n_layers=1)  # the layers are alike, and an absurd number of them would take for ever
+    for name, shape in parameter_shapes(one_layer).items():
+        axis, start, stop = share(name, shape, one_layer, 0, size)
         count = prod(shape) if axis is None else prod(shape) // shape[axis] * (stop - start)
-        quantization = quantization_of(name, args, quantize, size)
+        quantization = quantization_of(name, one_layer, quantize, size)
         if quantization == "int8":
             rows = stop - start if axis == 0 else shape[0]
             n_bytes = count + rows * dtype.itemsize  # a scale for each row

@@ -7,7 +7,12 @@ from types import FrameType
 
 import torch
 
-from llama.distributed import sum_over_data_parallel, sum_over_model_parallel
+from llama.distributed import (
+    data_parallel_size,
+    model_parallel_size,
+    sum_over_data_parallel,
+    sum_over_model_parallel,
+)
 
 logger = logging.getLogger("llama")
 
@@ -45,5 +50,7 @@ class Interruption:
         Args:
             device: the model's.
         """
+        if model_parallel_size() * data_parallel_size() == 1:  # on a GPU, asking would wait for it
+            return self._requested
         count = torch.tensor(float(self._requested), device=device)
         return bool(sum_over_data_parallel(sum_over_model_parallel(count)).item() > 0)

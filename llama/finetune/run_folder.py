@@ -32,7 +32,7 @@ from llama.errors import CheckpointError, InputError
 from llama.files import read_json, write_json
 from llama.finetune import metrics
 from llama.model import Transformer
-from llama.output_folder import check_free, exclusive, move_into_place, new_folder, output_path, temporary_path
+from llama.output_folder import check_free, exclusive, move_into_place, output_path, temporary_path
 from llama.tokenizer import Tokenizer
 
 logger = logging.getLogger("llama")
@@ -95,11 +95,12 @@ class RunFolder:
         """
 
         def create() -> None:
+            beside, inside = temporary_path(self.out_dir), self.path / "unfinished"
             if not self.path.exists():
-                with new_folder(self.path) as folder:
-                    write_json(folder / "settings.json", settings)
+                beside.mkdir()
+                write_json(beside / "settings.json", settings)
+                beside.rename(self.path)
             # At the end the checkpoint is moved out of this folder. Now an empty folder is.
-            inside, beside = self.path / "unfinished", temporary_path(self.out_dir)
             shutil.rmtree(inside, ignore_errors=True)
             inside.mkdir()
             try:
@@ -138,7 +139,8 @@ class RunFolder:
     def log(self, **entry: Any) -> None:
         """Append an entry to the metrics."""
         if is_first_rank():
-            metrics.append(self.metrics_path, **entry)
+            with full_disk_explained(self.path, 0, self.path):
+                metrics.append(self.metrics_path, **entry)
 
     def save_state(self, step: int, state: dict[str, Any], size: int) -> None:
         """Save the state after `step` steps, in place of the last one.
@@ -203,8 +205,9 @@ class RunFolder:
         save_checkpoint(checkpoint, model, tokenizer)
 
         def move_to_out_dir() -> None:
-            shutil.copy(self.metrics_path, checkpoint)
-            metrics.plot(metrics.read(self.metrics_path), checkpoint / "loss.png")
+            with full_disk_explained(self.path, 0, self.path):
+                shutil.copy(self.metrics_path, checkpoint)
+                metrics.plot(metrics.read(self.metrics_path), checkpoint / "loss.png")
             move_into_place(checkpoint, self.out_dir)
             self._remove()
 
