@@ -440,6 +440,17 @@ def test_a_disk_that_is_full_all_the_same_is_named(tiny_checkpoint, tmp_path, un
     assert losses(tmp_path / "out") == losses(expected)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limits")
+def test_a_disk_that_has_no_space_even_for_the_metrics_is_named(tmp_path):
+    from test_save import largest_file
+
+    with RunFolder(tmp_path / "out") as folder:
+        folder.begin({})
+        with largest_file(10), pytest.raises(OSError, match="the disk takes no more") as error:
+            folder.log(step=1, loss=2.0)
+    assert error.value.filename == str(tmp_path / "out.training")
+
+
 def press_ctrl_c(monkeypatch, at, times):
     """Send the signal of Ctrl-C within a step, so often."""
     step, calls = training.train_step, []

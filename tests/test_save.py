@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from test_finetune_parallel import write_pairs
 from test_hugging_face import MODELS, random_hugging_face_model
+from test_lora_adapter import write_adapter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer
@@ -507,6 +508,17 @@ def test_converting_into_a_link_or_a_folder_of_the_home(tmp_path, tiny_checkpoin
     assert same_weights(load(tmp_path / "link"), load(tiny_checkpoint))
     with pytest.raises(ValueError, match="model is there already"):
         convert("nowhere", "~/link")
+
+
+def test_paths_in_the_home(tmp_path, tiny_checkpoint, monkeypatch, caplog):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_adapter(tmp_path / "adapter", load(tiny_checkpoint))
+    shutil.copy(tiny_checkpoint / "tokenizer.model", tmp_path / "adapter")
+    convert(tiny_checkpoint, "~/merged", adapter="~/adapter")
+    assert f"give tokenizer_path={tmp_path / 'adapter' / 'tokenizer.model'}" in caplog.text
+    convert("~/merged", "~/hf", "hf", tokenizer_path="~/adapter/tokenizer.model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "hf", "merged"]
+    assert not same_weights(load(tmp_path / "hf"), load(tiny_checkpoint))
 
 
 # The command line
