@@ -510,15 +510,18 @@ def test_converting_into_a_link_or_a_folder_of_the_home(tmp_path, tiny_checkpoin
         convert("nowhere", "~/link")
 
 
-def test_paths_in_the_home(tmp_path, tiny_checkpoint, monkeypatch, caplog):
+def test_paths_in_the_home(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("HOME", str(tmp_path))
-    write_adapter(tmp_path / "adapter", load(tiny_checkpoint))
-    shutil.copy(tiny_checkpoint / "tokenizer.model", tmp_path / "adapter")
-    convert(tiny_checkpoint, "~/merged", adapter="~/adapter")
-    assert f"give tokenizer_path={tmp_path / 'adapter' / 'tokenizer.model'}" in caplog.text
-    convert("~/merged", "~/hf", "hf", tokenizer_path="~/adapter/tokenizer.model")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "hf", "merged"]
-    assert not same_weights(load(tmp_path / "hf"), load(tiny_checkpoint))
+    model = random_hugging_face_model()
+    model.save_pretrained(tmp_path / "base")
+    write_adapter(tmp_path / "adapter", model)
+    write_tokenizer_json(tmp_path / "adapter")
+    convert("~/base", "~/merged", adapter="~/adapter", tokenizer_path="~/adapter/tokenizer.json")
+    write_tokenizer_json(tmp_path / "base")
+    convert("~/base", "~/again", adapter="~/adapter")
+    assert f"give tokenizer_path={tmp_path / 'adapter' / 'tokenizer.json'}" in caplog.text
+    assert same_weights(load(tmp_path / "again"), load(tmp_path / "merged"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "again", "base", "merged"]
 
 
 # The command line
