@@ -21,7 +21,7 @@ _REQUIRED = object()
 
 # Of a JSON file. The largest tokenizer.json there is has 34 million bytes and 2 million items; Llama 3's half of them.
 MAX_JSON_BYTES = 40_000_000
-MAX_JSON_ITEMS = 3_000_000  # of its lists and objects together: each takes about 100 bytes of memory
+MAX_JSON_ITEMS = 2_400_000  # of its lists and objects together: each takes up to 200 bytes of memory
 MAX_JSON_DEPTH = 100  # lists within lists; Python can't show what is nested much deeper
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import struct
+import time
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -143,6 +144,17 @@ def damage(draw, content: bytes) -> bytes:
     return bytes(damaged)
 
 
+# What a damaged file may take.
+MAX_SECONDS, MAX_MEMORY = 10, 500e6
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had so far, in bytes; 0 where the system doesn't say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
 @pytest.mark.slow
 def test_damaged_files_are_refused_with_our_own_exceptions(layout, record_property):
     name, folder, files = layout
@@ -153,12 +165,16 @@ def test_damaged_files_are_refused_with_our_own_exceptions(layout, record_proper
     def build_from_damaged_file(data):
         file = data.draw(st.sampled_from(sorted(files)))
         (folder / file).write_bytes(data.draw(damage(files[file])))
+        begin = time.process_time()
         try:
             outcomes[build_and_generate(folder)] += 1
         finally:
             (folder / file).write_bytes(files[file])
+        assert time.process_time() - begin < MAX_SECONDS
 
+    before = peak_memory()
     build_from_damaged_file()
+    assert peak_memory() - before < MAX_MEMORY
     counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
     record_property("summary", f"damaged files, {name}: {outcomes.total()} tried: {counts}")
     assert outcomes.total() >= 250

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+import time
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from test_hugging_face import random_hugging_face_model
 
 from llama import Tokenizer
 from llama.checkpoint import open_checkpoint
+from llama.checkpoint.lora_adapter import AdapterConfig
 from llama.convert import convert
 from llama.errors import CheckpointError, InputError, MissingFileError
 
@@ -413,6 +415,18 @@ def test_patterns_that_take_too_long(tmp_path, base, monkeypatch):
     adapter = write_adapter(tmp_path / "adapter", base[0], target_modules=".*_proj")
     with pytest.raises(CheckpointError, match="take over 0 s to compare"):
         convert(base[1], tmp_path / "merged", adapter=adapter)
+
+
+def test_many_patterns(tmp_path, monkeypatch):
+    """To compile them takes time as well."""
+    monkeypatch.setattr("llama.checkpoint.lora_adapter.MAX_SECONDS", 0.1)
+    config = {"peft_type": "LORA", "target_modules": ["q_proj"], "r": 4, "lora_alpha": 8}
+    config["rank_pattern"] = {f"x{i}": 4 for i in range(50_000)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=r"take over 0\.1 s to compare"):
+        AdapterConfig(tmp_path / "adapter_config.json")
+    assert time.process_time() - start < 1
 
 
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
