@@ -10,7 +10,6 @@ import pickletools
 import zipfile
 from collections.abc import Mapping
 from enum import Enum
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,6 +97,8 @@ def open_pickled_weights(path: Path) -> dict[str, torch.Tensor]:
             raise CheckpointError(
                 f"{path} holds something other than named tensors: {name!r:.80} is a {type(tensor).__name__}"
             )
+        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: {name} has shape {tuple(tensor.shape)}, larger than its data in the file")
     check_dtypes(path, tensors)
     return {name: tensor.detach() for name, tensor in tensors.items()}  # a saved Parameter would ask for its gradient
 
@@ -262,7 +263,7 @@ def _checked_call(function: Any, arguments: Any) -> Item:
             if len(size) > MAX_AXES:
                 raise ValueError(f"a tensor of {len(size)} axes")
             last = sum((count - 1) * step for count, step in zip(size, stride, strict=True))
-            if min(size, default=1) > 0 and max(offset + last + 1, prod(size)) > storage.length:
+            if min(size, default=1) > 0 and offset + last >= storage.length:
                 raise ValueError(f"a tensor of shape {size!r:.80} in {storage.length} elements")
             return Item.TENSOR
     raise ValueError("a call that torch.save would not write")
