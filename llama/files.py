@@ -1,14 +1,11 @@
 """Path validation, JSON reading, atomic writes, memory of mapped files."""
 
-import contextlib
 import ctypes
 import json
 import mmap
-import shutil
 import stat
 import sys
-import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -255,52 +252,3 @@ def writable_file(path: str | Path, name: str) -> Path:
     if not file.parent.is_dir() or (file.exists() and not file.is_file()):
         raise InputError(f"{name}={str(path)!r} must be the name of a file in a folder")
     return file
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a text file atomically, replacing any older one: interrupted, it leaves the older one as it was."""
-    temporary = _temporary_path(file)
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def free_path(folder: str | Path) -> Path:
-    """The absolute path of a folder to write, where there is nothing yet or an empty folder.
-
-    Raises:
-        InputError: not a path, or a file or a folder that isn't empty has this name.
-    """
-    target = as_path(folder, "the folder to write").absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} is there already; give the name of a new folder")
-    return target
-
-
-@contextlib.contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
-    """Write a folder atomically: yields a temporary folder, which is renamed to `folder` when the block succeeds.
-
-    If the block fails, the temporary folder is removed.
-
-    Raises:
-        InputError: see `free_path`.
-    """
-    target = free_path(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_path(target)
-    temporary.mkdir()
-    try:
-        yield temporary
-        if target.exists():
-            target.rmdir()
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _temporary_path(target: Path) -> Path:
-    """A new hidden name beside `target`, on the same file system, so that renaming to `target` is atomic."""
-    return target.with_name(f".{target.name}.unfinished-{uuid.uuid4().hex[:8]}")

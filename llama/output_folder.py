@@ -1,8 +1,8 @@
-"""Folders that appear when they are complete, each of them written by one process at a time.
+"""Folders and files that appear when they are complete, each of them written by one process at a time.
 
-A folder NAME is written as `.NAME.unfinished-XXXXXXXX` beside it, and renamed at the end. Meanwhile `.NAME.lock` is
-locked: a second process that would write the same folder is refused at once, and what a killed one has left unfinished
-is removed by the next.
+One of the name NAME is written as `.NAME.unfinished-XXXXXXXX` beside it, and renamed at the end. Meanwhile `.NAME.lock`
+is locked: a second process that would write the same is refused at once, and what a killed one has left unfinished is
+removed by the next.
 """
 
 import contextlib
@@ -45,10 +45,10 @@ def temporary_path(target: Path) -> Path:
 
 @contextlib.contextmanager
 def exclusive(target: Path) -> Iterator[None]:
-    """Keep other processes from writing a folder while the block runs; first remove what killed ones have left.
+    """Keep other processes from writing a folder or file while the block runs; first remove what killed ones left.
 
     Args:
-        target: the result of `output_path`. The folder that it is in is made if need be.
+        target: the result of `output_path`, or a file. The folder that it is in is made if need be.
 
     Raises:
         InputError: another process is writing it.
@@ -61,17 +61,41 @@ def exclusive(target: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise InputError(
                 f"{target} is being written by {error.strerror}: wait until that has ended, or give the name of "
-                f"another folder"
+                f"another one"
             ) from error
         except OSError as error:
-            message = f"{error.strerror}: the folder {target.name} can't be written into {target.parent}"
+            message = f"{error.strerror}: {target.name} can't be written into {target.parent}"
             raise OSError(error.errno, message) from error
         if is_locked:  # otherwise it may belong to a process that lives
             pattern = re.compile(rf"\.{re.escape(target.name)}\.unfinished-[0-9a-f]{{8}}")
             for leftover in target.parent.iterdir():
                 if pattern.fullmatch(leftover.name):
-                    shutil.rmtree(leftover, ignore_errors=True)
+                    remove(leftover)
         yield
+
+
+def remove(path: Path) -> None:
+    """Remove a folder or a file, if it can be."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file atomically, replacing any older one: interrupted, it leaves the older one as it was.
+
+    Raises:
+        InputError, OSError: see `exclusive`.
+    """
+    with exclusive(file):
+        temporary = temporary_path(file)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def check_free(target: Path) -> None:

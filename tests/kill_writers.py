@@ -26,8 +26,8 @@ import llama.default_model
 from llama.checkpoint import check_tensors, load_model, open_checkpoint, save_checkpoint
 from llama.checkpoint.convert import convert
 from llama.errors import InputError
-from llama.files import write_whole
 from llama.finetune import finetune
+from llama.output_folder import write_whole
 
 # Children are forked, and may be killed, at any moment: there must be no other threads, and no lock that is shared.
 torch.set_num_threads(1)

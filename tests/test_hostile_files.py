@@ -37,7 +37,7 @@ from llama.checkpoint.hugging_face import name_in_files, open_weights
 from llama.checkpoint.lora_adapter import LoRAAdapter
 from llama.convert import convert
 from llama.errors import CheckpointError, InputError, MissingFileError
-from llama.files import new_folder
+from llama.output_folder import new_folder
 
 SMALL = {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "multiple_of": 8}
 

@@ -26,7 +26,8 @@ from llama.cli.inspect_format import format_settings, percent, readable, surpris
 from llama.cli.inspect_page import STYLE, render_page
 from llama.cli.token_statistics import inspect_tokens, text_statistics
 from llama.errors import InputError
-from llama.files import writable_file, write_whole
+from llama.files import writable_file
+from llama.output_folder import write_whole
 
 HOSTILE = '<script>alert(1)</script><img src="http://127.0.0.1:9/x.png"> [bold]x[/bold] \x1b[31m\x1b]0;y\x07 \u202e'
 

@@ -20,8 +20,9 @@ from llama.cli.terminal import Keyboard, escape_control_characters, interrupting
 from llama.dialog import Dialog, Message, check_dialog
 from llama.distributed import broadcast_object, is_first_rank
 from llama.errors import InputError
-from llama.files import require_file, writable_file, write_whole
+from llama.files import require_file, writable_file
 from llama.generation import Llama
+from llama.output_folder import write_whole
 from llama.sampling_params import SamplingParams
 
 # Tokens of the context that are kept free for an answer; a quarter of the context if that is less.

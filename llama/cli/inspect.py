@@ -14,8 +14,9 @@ from llama.cli.terminal import escape_control_characters, require_stdout, text_o
 from llama.cli.token_statistics import Inspection, SamplingDistribution, TokenStatistics, inspect_tokens
 from llama.default_model import default_checkpoint
 from llama.distributed import is_first_rank
-from llama.files import writable_file, write_whole
+from llama.files import writable_file
 from llama.model import Transformer
+from llama.output_folder import write_whole
 from llama.sampling_params import SamplingParams, check_number
 from llama.tokenizer import Tokenizer
 
