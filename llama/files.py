@@ -213,7 +213,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has over {MAX_JSON_ITEMS} items, too many for a file of settings or of tokens")
     try:
         values = json.loads(content)
-        _check_depth(values)
+        check_json_depth(values)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}); it begins with {content[:40]!r}") from error
     if not isinstance(values, dict):
@@ -221,7 +221,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _check_depth(values: Any) -> None:
+def check_json_depth(values: Any) -> None:
     """Raise ValueError if a JSON value has lists or objects within more than `MAX_JSON_DEPTH` others."""
     children: Iterable[Any] = [values]
     for _ in range(MAX_JSON_DEPTH + 1):

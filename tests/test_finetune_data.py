@@ -310,6 +310,7 @@ def test_earlier_answers_are_not_cut_either(tmp_path, llama3):
         ({"messages": [user("a"), assistant("b") | {"tool_calls": [1]}]}, r"unknown keys \['tool_calls'\]"),
         ({"messages": [{"from": "gpt", "role": "user", "content": "b"}]}, r"unknown keys \['from'\]"),
         ("[" * 100_000, "line 2: not JSON"),
+        ("[" * 900 + "]" * 900, "line 2: not JSON"),
         (
             {"messages": [user("a"), assistant(" "), user("a"), assistant("b")]},
             "line 2: message 1: the assistant's message is empty",

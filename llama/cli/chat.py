@@ -20,7 +20,7 @@ from llama.cli.terminal import Keyboard, escape_control_characters, interrupting
 from llama.dialog import Dialog, Message, check_dialog
 from llama.distributed import broadcast_object, is_first_rank
 from llama.errors import InputError
-from llama.files import require_file, writable_file
+from llama.files import check_json_depth, require_file, writable_file
 from llama.generation import Llama
 from llama.output_folder import write_whole
 from llama.sampling_params import SamplingParams
@@ -317,6 +317,7 @@ class Conversation:
         path = require_file(name, "the file to load").absolute()
         try:
             dialog = json.loads(path.read_text(encoding="utf-8"))
+            check_json_depth(dialog)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is not a saved conversation: {error}") from None
         if dialog != []:

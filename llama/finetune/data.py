@@ -19,7 +19,7 @@ import torch
 
 from llama.chat_format import ChatFormat, Segment, encode_continued
 from llama.errors import InputError
-from llama.files import listing, require_file, require_path
+from llama.files import check_json_depth, listing, require_file, require_path
 from llama.tokenizer import Tokenizer
 
 BOM = b"\xef\xbb\xbf"
@@ -125,6 +125,7 @@ def parse_line(
     """Return the example in a line; InputError if the line is invalid."""
     try:
         value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        check_json_depth(value)
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON: {error}") from error
     segments = encode_line(value, tokenizer, formatter)
