@@ -7,6 +7,7 @@ always the same. `transformers` is imported only where it is used, since that ta
 import base64
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -40,6 +41,9 @@ IN_CI = bool(os.environ.get("CI"))
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("desk", max_examples=15, deadline=None)
 settings.load_profile("ci" if IN_CI else "desk")
+
+# A shell has what it starts in the background ignore Ctrl-C, and so what that starts, such as these tests' programs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the other cores run other tests
     torch.set_num_threads(1)

@@ -131,14 +131,14 @@ def answer(llama: Llama, request: ChatRequest, interrupted: Callable[[], bool]) 
     """
     text, n_tokens, ended = "", 0, "interrupted"
     several = dist.is_initialized()
-    watch = contextlib.nullcontext() if several else interrupting(interrupted)
+    watch = interrupting((lambda: False) if several else interrupted)
     begin = time.monotonic()
     stream = llama.chat_completion_stream(
         [request.dialog], request.temperature, request.top_p, request.max_gen_len, reuse_cache=True
     )
     # Ctrl-C raises KeyboardInterrupt where standard input is not a terminal, and on Windows. The stream is closed at
     # once, even if an error is raised, because the other processes wait for that before they take the next request.
-    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(stream), watch:
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(stream), watch as heard:
         for piece in stream:
             text += piece.text
             n_tokens += piece.token is not None
@@ -148,7 +148,7 @@ def answer(llama: Llama, request: ChatRequest, interrupted: Callable[[], bool]) 
                 print_piece(piece.text)
             except OSError as error:  # such as a closed pipe
                 output_error = error
-            stop = broadcast_object(output_error is not None or (several and interrupted()))
+            stop = broadcast_object(output_error is not None or heard.is_set() or (several and interrupted()))
             if output_error is not None:
                 raise output_error
             if stop:

@@ -109,13 +109,18 @@ def replace_surrogates(text: str) -> str:
 
 
 @contextlib.contextmanager
-def interrupting(interrupted: Callable[[], bool]) -> Iterator[None]:
-    """Within the block, raise KeyboardInterrupt in the main thread, which runs it, as soon as `interrupted()`."""
-    lock, ended = threading.Lock(), threading.Event()
+def interrupting(interrupted: Callable[[], bool]) -> Iterator[threading.Event]:
+    """Within the block, raise KeyboardInterrupt in the main thread, which runs it, as soon as `interrupted()`.
+
+    Yields:
+        Whether that has been. (Where the program was started so as to ignore Ctrl-C, nothing is raised.)
+    """
+    lock, ended, heard = threading.Lock(), threading.Event(), threading.Event()
 
     def watch() -> None:
         while not ended.wait(0.05):
             if interrupted():
+                heard.set()
                 with lock:
                     if not ended.is_set():
                         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
@@ -124,7 +129,7 @@ def interrupting(interrupted: Callable[[], bool]) -> Iterator[None]:
     watcher = threading.Thread(target=watch, daemon=True, name="watch for Ctrl-C")
     watcher.start()
     try:
-        yield
+        yield heard
     finally:
         with lock:
             ended.set()
