@@ -140,9 +140,10 @@ def generate_pieces(
             prefilled, longest = prompts if cache is not None else prompt_of_row, max(map(len, prompts))
             end = longest + max(max_new_tokens)
             if isinstance(cache, KVCache) and has_fixed_steps(cache.keys.device):
-                cache.clear(longest, fixed_end(end, model.params.max_seq_len))  # masked, but 0 x NaN is NaN
+                # A step attends to them, masked, in every row: but 0 x NaN is NaN.
+                cache.clear(longest, fixed_end(end, model.params.max_seq_len))
             elif cache is not None and min(map(len, prompts)) < longest:
-                cache.clear(longest, end)  # masked for shorter rows
+                cache.clear(longest, end)  # likewise, in the shorter rows
             logits, prompt_logprobs = prefill(model, prefilled, start_pos, score_prompts, is_left)
             for prompt, scores in zip(prefilled, prompt_logprobs, strict=False):
                 if any(map(math.isnan, scores)):

@@ -83,7 +83,7 @@ class CapturedModel(StepForm):
         self._cache, self.is_current = cache, True
 
     def _capture(self, model: Transformer, buffers: Buffers, end: int) -> bool:
-        """Capture the step that is in the buffers, in whose way it may already be done once; False if that fails."""
+        """Capture the step whose tokens and positions are in the buffers, and return whether that was possible."""
 
         def run() -> None:
             hidden_states = model.run_layers(buffers.tokens, buffers.positions, end, model.layers)
@@ -115,10 +115,10 @@ _streams: dict[torch.device, torch.cuda.Stream] = {}  # one for each GPU: librar
 
 @torch.no_grad()
 def capture(run: Callable[[], None], device: torch.device, pool: Any) -> torch.cuda.CUDAGraph:
-    """Capture what a function does on a GPU. It is also done once.
+    """Capture what a function does on a GPU, after running it once.
 
     Args:
-        run: waits for nothing, and does the same at each call.
+        run: never waits for the GPU, and starts the same kernels at each call.
         pool: of memory, that of graphs which are never replayed at the same time; None for a new one.
     """
     with _capturing, torch.cuda.device(device):
