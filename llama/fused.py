@@ -16,7 +16,8 @@ NORMALIZES_IN_FLOAT32 = torch.__version__ >= "2.13"
 
 def normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, computed in float32, in the dtype of x."""
-    if x.dtype in (torch.bfloat16, torch.float16) and NORMALIZES_IN_FLOAT32:  # one kernel of a GPU, in place of three
+    in_16_bits = x.dtype in (torch.bfloat16, torch.float16)
+    if in_16_bits and NORMALIZES_IN_FLOAT32 and not torch.compiler.is_compiling():  # one kernel of a GPU, not three
         return F.rms_norm(x, x.shape[-1:], eps=eps)
     return F.rms_norm(x.float(), x.shape[-1:], eps=eps).type_as(x)
 
