@@ -51,7 +51,7 @@ def test_help_lists_every_command(runner):
     result = runner.llama()
     assert (result.returncode, result.stderr) == (0, "")
     for name in COMMANDS:
-        assert f"     {name}\n" in result.stdout
+        assert re.search(rf"^    {name} +[A-Z]", result.stdout, re.MULTILINE)
     assert runner.llama("--help") == result
 
 
@@ -59,17 +59,13 @@ def test_help_lists_every_command(runner):
 def test_help_of_a_command(runner, name):
     result = runner.llama(name, "--help")
     assert (result.returncode, result.stderr) == (0, "")
-    assert f"llama {name} - " in result.stdout
-    options = [line for line in result.stdout.splitlines() if line.startswith("    -")]
+    assert result.stdout.startswith(f"usage: llama {name} ")
+    options = re.findall(r"^  (-\w(?: [A-Z_]+)?, )?--(\w+)", result.stdout, re.MULTILINE)
     assert len(options) >= 4
-    assert not any("-h" in line.split("--")[0] for line in options)  # -h is --help
-    assert "Optional" not in result.stdout
-    assert "_=" not in result.stdout
-    assert max(map(len, result.stdout.splitlines())) <= 100
-    for spelling in ("-h", "--h", "-h=1", "--help=x"):
-        assert runner.llama(name, spelling) == result
-    abbreviations = re.findall(r"^    -(\w), --", result.stdout, re.MULTILINE)
-    assert len(set(abbreviations)) == len(abbreviations)  # an ambiguous one would be an error
+    assert "_ " not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    for args in (["-h"], ["--ckpt_dir", "x", "-h"], ["--unknown", "-h"], ["x", "y", "z", "--help"]):
+        assert runner.llama(name, *args) == result
 
 
 @pytest.mark.parametrize(
@@ -82,45 +78,41 @@ def test_help_of_a_command(runner, name):
         ("convert", "FROM TO"),
     ],
 )
-def test_the_synopsis_has_what_needs_no_name(runner, name, arguments):
-    assert f"\n    llama {name} {arguments} <flags>\n" in runner.llama(name, "--help").stdout
+def test_the_usage_line_has_what_needs_no_name(runner, name, arguments):
+    assert runner.llama(name, "--help").stdout.startswith(f"usage: llama {name} {arguments} [options]\n")
 
 
 @pytest.mark.slow
 def test_it_is_installed_as_llama():
     result = subprocess.run(["llama", "info", "--help"], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "llama info - Describe a checkpoint" in result.stdout
+    assert "usage: llama info [CKPT_DIR] [options]\n\nDescribe a checkpoint" in result.stdout
 
 
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["chta"], 2, "error: 'chta' is not a command of llama; did you mean chat?"),
-        (["--ckpt_dir", "x"], 2, "error: --ckpt_dir must come after a command of llama; see --help"),
+        (["chta"], 2, "error: llama: 'chta' is not a command; did you mean chat?"),
+        (["--ckpt_dir", "x"], 2, "error: llama: --ckpt_dir must come after a command; see --help"),
         (["complete", "hi", "--temprature", "0"], 2, "error: llama complete: unknown option '--temprature'; did you"),
         (["complete", "hi", "--top_p", "2"], 1, "error: top_p=2 must be a number between 0 and 1"),
-        (["complete", "--ckpt_dir", "--top_p", "1"], 2, "error: llama complete: --ckpt_dir needs a value; see --help"),
+        (["complete", "--ckpt_dir", "--top_p", "1"], 2, "error: llama complete: argument --ckpt_dir: expected one"),
         (["complete", "The", "sun"], 2, "error: llama complete: unexpected argument 'sun'; see --help"),
         (["complete", "hi", "--ckpt_dir", "/nowhere"], 1, "error: ckpt_dir='/nowhere' does not exist"),
         (["complete", "hi", "--quantize", "int5"], 1, "error: quantize='int5' must be one of ['int8', 'int4']"),
-        (["complete", "hi", "--quantize", "--compile"], 2, "error: llama complete: --quantize needs a value"),
+        (["complete", "hi", "--quantize", "--compile"], 2, "error: llama complete: argument -q/--quantize: expected"),
         (["complete", "hi", "--seed", "x"], 1, "error: seed='x' must be a whole number"),
         (["info", ".", "--max_batch_size", "x"], 1, "error: max_batch_size='x' must be a whole number between 1 and 2"),
         (["info", ".", "--dtype", "int3"], 1, "error: dtype='int3' must be one of ['float32', 'float16', 'bfloat16']"),
         (["info", ".", "--quantize", "int5"], 1, "error: quantize='int5' must be one of ['int8', 'int4']"),
         (["info", "/nowhere"], 1, "error: ckpt_dir='/nowhere' does not exist"),
-        (
-            ["complete", "hi", "-t", "0"],
-            2,
-            "error: llama complete: -t is ambiguous: it could be --text, --tokenizer_path, --temperature, --top_p",
-        ),
+        (["complete", "hi", "-t", "0"], 2, "error: llama complete: unknown option '-t'; see --help"),
         (
             ["complete", "hi", "--seed", "1", "--seed=2"],
             2,
             "error: llama complete: --seed is given 2 times; give it once",
         ),
-        (["complete", "hi", "--json=no"], 2, "error: llama complete: --json takes no value; --json=false switches it"),
+        (["complete", "hi", "--json=no"], 2, "error: llama complete: argument -j/--json: ignored explicit argument"),
         (
             ["complete", "hi", "--stop", "a", "--stop="],
             1,
@@ -170,15 +162,24 @@ def test_an_unexpected_error_is_one_line_too(runner):
 
 
 def test_a_parameter_named_after_a_keyword(runner):
-    """It has no underscore on the command line; and an optional value may be given in every usual way."""
+    """It has no underscore on the command line; and values may be given in every usual way."""
     calls = []
 
-    def main(from_: str, to: str = "x", flag: bool = False, count: int | None = None) -> None:
-        calls.append((from_, to, flag, count))
+    def main(from_: str, to: str = "x", flag: bool = False, max_count: int | None = None) -> None:
+        calls.append((from_, to, flag, max_count))
 
-    for args in (["--from", "a"], ["--from=a", "--to", "y"], ["a", "--flag", "--count", "3"], ["a", "--flag=False"]):
+    for args, values in (
+        (["--from", "a"], ("a", "x", False, None)),
+        (["--from=a", "--to", "y"], ("a", "y", False, None)),
+        (["a", "--flag", "--max_count", "3", "y"], ("a", "y", True, 3)),
+        (["--flag", "a", "-m3"], ("a", "x", True, 3)),
+        (["--max-count=3", "a"], ("a", "x", False, 3)),
+        (["a", "--flag", "--flag=False"], ("a", "x", False, None)),
+        (["--max-count", "-3", "--", "-a", "--to"], ("-a", "--to", False, -3)),
+        (["- a", "-"], ("- a", "-", False, None)),
+    ):
         assert runner.run(main, *args) == (0, "", "")
-    assert calls == [("a", "x", False, None), ("a", "y", False, None), ("a", "x", True, 3), ("a", "x", False, None)]
+        assert calls.pop() == values
     help_text = runner.run(main, "--help").stdout
     assert "from_" not in help_text
     assert "FROM_" not in help_text

@@ -99,7 +99,7 @@ def test_help(runner, name):
     assert (result.returncode, result.stderr) == (0, "")
     options = ["ckpt_dir", "tokenizer_path", "temperature", "top_p", "max_seq_len", "max_gen_len", "max_batch_size"]
     for option in [*options, "stream", "quantize", "compile"]:
-        assert f"--{option}=" in result.stdout
+        assert f"--{option}" in result.stdout
     assert runner.run(example(name), "-h") == result
     assert "Without arguments this runs SmolLM2-135M-Instruct" in result.stdout
 
@@ -109,7 +109,7 @@ def test_help(runner, name):
     [
         (["--temprature", "0"], "unknown option '--temprature'; did you mean --temperature?", 2),
         (["--ckpt_dir", "/nowhere"], "error: ckpt_dir='/nowhere' does not exist", 1),
-        (["--ckpt_dir", "--tokenizer_path", "x"], "error: .*: --ckpt_dir needs a value", 2),
+        (["--ckpt_dir", "--tokenizer_path", "x"], "error: .*: argument --ckpt_dir: expected one argument", 2),
         (["--ckpt_dir", "."], r"error: no checkpoint in ckpt_dir='\.': looked for \*\.pth", 1),
     ],
 )

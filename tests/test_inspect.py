@@ -321,7 +321,7 @@ def test_in_a_process_of_its_own(tiny_checkpoint):
         (["x", "--quantize", "int5", "--ckpt_dir", "."], "error: quantize='int5' must be one of ['int8', 'int4']", 1),
         (["x", "--html", "/nowhere/page.html"], "does not exist; ", 1),
         (["x", "--html", "/"], "error: html='/' must be the name of a file in a folder", 1),
-        (["x", "--html"], "error: llama inspect: --html needs a value; see --help", 2),
+        (["x", "--html"], "error: llama inspect: argument --html: expected one argument", 2),
         (["x", "--ckpt_dir", "/nowhere"], "error: ckpt_dir='/nowhere' does not exist; ", 1),
     ],
 )

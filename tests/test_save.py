@@ -562,7 +562,7 @@ def test_the_command(tmp_path, tiny_checkpoint):
         (["--from", "FOLDER", "--to", "x", "--dtype", "int4"], "error: dtype='int4' must be one of"),
         (["--from", "FOLDER", "--to", "x", "--sharts", "2"], "--sharts"),
         (["--from", "FOLDER"], "to"),
-        (["--from", "FOLDER", "--to"], "error: convert.py: --to needs a value; see --help"),
+        (["--from", "FOLDER", "--to"], "error: convert.py: argument --to: expected one argument"),
     ],
 )
 def test_invalid_arguments_of_the_command(tmp_path, tiny_checkpoint, arguments, message):
