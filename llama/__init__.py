@@ -5,6 +5,7 @@ ids), `sampling` (logits to the next token), `decoding` (the decode loop), and `
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,3 +53,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if "ipykernel" in sys.modules:
+    from llama.notebook import show_log
+
+    show_log()

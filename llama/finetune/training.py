@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from llama.checkpoint.parameters import parameter_count
-from llama.distributed import data_parallel_size, is_first_rank, sum_over_data_parallel, sum_over_model_parallel
+from llama.checkpoint.progress import progress_bar
+from llama.distributed import data_parallel_size, sum_over_data_parallel, sum_over_model_parallel
 from llama.fast_kernels import CUDNN_ATTENTION_SWITCH
 from llama.finetune.data import Example, make_batch, shuffled
 from llama.finetune.interruption import Interruption
@@ -70,14 +70,7 @@ def train(
     state_bytes = int(sum_over_model_parallel(torch.tensor(optimizer.state_bytes(), device=device)).item())
     folder.check_disk_space(state_bytes, parameter_count(model.params) * model.norm.weight.dtype.itemsize)
     first_step = resume(optimizer, folder)
-    progress = tqdm(
-        range(first_step, steps),
-        "training",
-        steps,
-        initial=first_step,
-        unit=" steps",
-        disable=None if is_first_rank() else True,  # None: shown on a terminal only
-    )
+    progress = progress_bar(range(first_step, steps), desc="training", total=steps, initial=first_step, unit=" steps")
     order = shuffled(training, first_step // steps_per_epoch, params.seed)
     with Interruption() as interruption:
         for step in progress:
