@@ -34,6 +34,13 @@ class Stdin(io.TextIOWrapper):
         return self.is_terminal
 
 
+class TerminalOutput(io.StringIO):
+    """Standard output or standard error, or both, as a terminal that keeps what is written to it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 def example(name: str) -> Callable[..., None]:
     """The main function of an example script."""
     spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")

@@ -1,5 +1,6 @@
 """`llama chat`: conversations whose lines come from a pipe, in this process; and, marked slow, typed at a terminal."""
 
+import contextlib
 import json
 import os
 import re
@@ -17,13 +18,14 @@ from chat_templates import Style, write_folder
 from conftest import ROOT, tiny_model, write_llama2_tokenizer, write_llama3_tokenizer, write_meta_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
-from run_command import Runner
+from run_command import Runner, TerminalOutput
 
 from llama import Llama, Tokenizer
 from llama.chat_format import Llama2Format
 from llama.checkpoint import save_checkpoint
 from llama.cli.chat import ChatRequest, answer
 from llama.cli.terminal import escape_control_characters
+from llama.errors import InputError
 
 PROMPT = r"\x1b\[\?2004h.*?>"  # switches on bracketed paste, then the prompt at which to type
 ALONE = [sys.executable, "-m", "llama"]
@@ -375,6 +377,36 @@ def test_mistakes_are_found_before_the_model_is_loaded(runner, monkeypatch, opti
     assert result.stderr.count("\n") == 1
 
 
+def scripted(stream) -> SimpleNamespace:
+    """A `Llama` that answers with this stream to prompts of 123 tokens."""
+    formatter = SimpleNamespace(encode_dialog_prompt=lambda dialog: [0] * 123)
+    return SimpleNamespace(chat_completion_stream=stream, formatter=formatter)
+
+
+@pytest.mark.parametrize("ending", ["answer", "error", "interrupted"])
+def test_what_a_terminal_shows_while_a_long_prompt_is_prefilled(monkeypatch, ending):
+    terminal = TerminalOutput()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr("llama.cli.terminal.STATUS_DELAY", 0.1)
+
+    def stream(*arguments, **options):
+        time.sleep(0.3)
+        terminal.write("|")  # the end of prefilling
+        if ending == "error":
+            raise InputError("it is too long")
+        if ending == "interrupted":
+            raise KeyboardInterrupt
+        for text in ("The", " answer"):
+            yield SimpleNamespace(text=text, token=1, ended=None)
+
+    with pytest.raises(InputError) if ending == "error" else contextlib.nullcontext():
+        answer(scripted(stream), ChatRequest([], 0, 1, 10), lambda: False)
+    before, _, after = terminal.getvalue().partition("|")
+    assert before.strip("\r") == "prefilling the prompt of 123 tokens ..."
+    assert re.fullmatch(r"\r +\r" + ("The answer" if ending == "answer" else ""), after)
+
+
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="not on Windows")
 def test_ctrl_c_is_heard_before_the_first_piece():
     """While a long prompt is prefilled, for which this waits for ever."""
@@ -388,11 +420,7 @@ def test_ctrl_c_is_heard_before_the_first_piece():
 
     begin = time.monotonic()
     before = threading.active_count()
-    reply = answer(
-        SimpleNamespace(chat_completion_stream=stream),
-        ChatRequest([], 0, 1, 10),
-        lambda: time.monotonic() - begin > 0.3,
-    )
+    reply = answer(scripted(stream), ChatRequest([], 0, 1, 10), lambda: time.monotonic() - begin > 0.3)
     assert (reply.text, reply.ended) == ("", "interrupted")
     assert time.monotonic() - begin < 5
     assert closed == [True]

@@ -16,12 +16,13 @@ import pytest
 from conftest import ROOT, examples
 from hypothesis import given
 from hypothesis import strategies as st
+from run_command import TerminalOutput
 from tqdm import tqdm
 
 import llama
 from llama.__main__ import BENCH, BENCHMARKS, COMMANDS
 from llama.cli.command_line import LogHandler, bind
-from llama.cli.terminal import to_json
+from llama.cli.terminal import status_line, to_json
 
 
 @pytest.mark.parametrize(
@@ -160,6 +161,33 @@ def displayed(text: str) -> list[str]:
             shown = part + shown[len(part) :]
         lines.append(shown.rstrip())
     return lines
+
+
+def test_what_is_quick_or_not_at_a_terminal_has_no_status_line(monkeypatch, capsys):
+    monkeypatch.setattr("llama.cli.terminal.STATUS_DELAY", 0.05)
+    with status_line("waiting"):
+        time.sleep(0.15)
+    assert capsys.readouterr() == ("", "")
+    terminal = TerminalOutput()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with status_line("waiting") as remove:
+        remove()
+        time.sleep(0.15)
+    monkeypatch.setenv("RANK", "1")
+    with status_line("waiting"):
+        time.sleep(0.15)
+    assert terminal.getvalue() == ""
+
+
+def test_log_messages_do_not_collide_with_a_status_line(monkeypatch):
+    terminal = TerminalOutput()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr("llama.cli.terminal.STATUS_DELAY", 0.05)
+    with status_line("waiting"):
+        time.sleep(0.2)
+        LogHandler().handle(logging.LogRecord("llama", logging.INFO, "", 0, "message", (), None))
+        assert displayed(terminal.getvalue()) == ["message", "waiting"]
+    assert displayed(terminal.getvalue()) == ["message", ""]
 
 
 def test_log_messages_do_not_collide_with_a_progress_bar(monkeypatch):

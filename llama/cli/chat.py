@@ -16,7 +16,14 @@ import torch.distributed as dist
 
 from llama.chat_format import ChatFormat
 from llama.cli.build import build_llama
-from llama.cli.terminal import Keyboard, escape_control_characters, interrupting, print_piece, require_stdout
+from llama.cli.terminal import (
+    Keyboard,
+    escape_control_characters,
+    interrupting,
+    print_piece,
+    require_stdout,
+    status_line,
+)
 from llama.dialog import Dialog, Message, check_dialog
 from llama.distributed import broadcast_object, is_first_rank
 from llama.errors import InputError
@@ -132,14 +139,17 @@ def answer(llama: Llama, request: ChatRequest, interrupted: Callable[[], bool]) 
     text, n_tokens, ended = "", 0, "interrupted"
     several = dist.is_initialized()
     watch = interrupting((lambda: False) if several else interrupted)
+    prompt_length = len(llama.formatter.encode_dialog_prompt(request.dialog))
+    status = status_line(f"prefilling the prompt of {prompt_length} tokens ...")
     begin = time.monotonic()
     stream = llama.chat_completion_stream(
         [request.dialog], request.temperature, request.top_p, request.max_gen_len, reuse_cache=True
     )
     # Ctrl-C raises KeyboardInterrupt where standard input is not a terminal, and on Windows. The stream is closed at
     # once, even if an error is raised, because the other processes wait for that before they take the next request.
-    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(stream), watch as heard:
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(stream), watch as heard, status as remove_status:
         for piece in stream:
+            remove_status()
             text += piece.text
             n_tokens += piece.token is not None
             ended = piece.ended or ended

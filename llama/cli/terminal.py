@@ -1,5 +1,5 @@
 """What the commands share of the terminal: a text from the command line or a pipe, messages that a user types, Ctrl-C,
-and safe printing."""
+safe printing, and a line that says what takes long."""
 
 import contextlib
 import json
@@ -24,6 +24,8 @@ CTRL_C = b"\x03"
 ENTER = re.compile(rb"(?<![\\\x1b])\r")  # not after a backslash or Alt, where it begins another line
 ESCAPE_SEQUENCE = re.compile(r"\x1b(?!\r)(\[[0-?]*[ -/]*[@-~]|O.|.)?")  # arrow keys, and the marks around pasted text
 EDITING_KEYS = "\r\n\x1b\x7f\b\x15\x17"  # Enter, Alt before it, Backspace, Ctrl-U and Ctrl-W
+
+STATUS_DELAY = 0.5  # seconds: what takes less needs no explanation
 
 # Characters that JSON may hold as they are, but a terminal or UTF-8 can't take.
 UNSAFE_IN_JSON = re.compile(r"[\x7f-\x9f\ud800-\udfff]")
@@ -86,6 +88,37 @@ def to_json(value: object) -> str:
 def print_piece(text: str) -> None:
     """Print a part of a generated text at once: escaped on a terminal, unchanged into a pipe or file."""
     print(escape_control_characters(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+@contextlib.contextmanager
+def status_line(text: str) -> Iterator[Callable[[], None]]:
+    """Within the block, if it takes long, show a line on standard error where that is a terminal.
+
+    Yields:
+        A function that removes the line before the block's end, which is needed before anything else is printed.
+    """
+    removed = threading.Event()
+
+    def show() -> None:
+        if not removed.wait(STATUS_DELAY):
+            from tqdm import tqdm  # not at the top, as in `print_message`, which keeps log messages above the line
+
+            with tqdm(desc=text, bar_format="{desc}", leave=False, file=sys.stderr):
+                removed.wait()
+
+    thread = threading.Thread(target=show, daemon=True, name="status line")
+
+    def remove() -> None:
+        removed.set()
+        if thread.ident is not None:  # it was started
+            thread.join()
+
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":  # several processes share one terminal
+        thread.start()
+    try:
+        yield remove
+    finally:
+        remove()
 
 
 def text_or_stdin(text: str | None) -> str:
