@@ -7,13 +7,14 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from llama.beam_search import BeamSearch
 from llama.decoding import decode, prefill
+from llama.dialog import CompletionPrediction, LikelyToken
 from llama.distributed import broadcast_flag, check_ranks_agree, model_parallel_size
 from llama.errors import InputError
 from llama.kv_cache import KVCache
@@ -22,37 +23,79 @@ from llama.non_finite import explain_non_finite
 from llama.out_of_memory import explain_generation, is_out_of_memory
 from llama.positions import fixed_end, has_fixed_steps
 from llama.protocols import Cache, LanguageModel, TextTokenizer
-from llama.sampling import sample
-from llama.sampling_params import SamplingParams, check_prompts
-from llama.streaming import Piece, RowOutput, StopCriteria, Stopped, produce_in_thread
+from llama.sampling import ranked_logprobs, sample
+from llama.sampling_params import SamplingParams, check_prompts, left_padded
+from llama.streaming import EndReason, Piece, RowOutput, StopCriteria, Stopped, produce_in_thread
 
 
-class BatchOutput(NamedTuple):
-    """The answers to a batch, row by row."""
+@dataclass
+class RowResult:
+    """One row of a batch: an answer, after its prompt if that is echoed."""
 
-    tokens: list[list[int]]
-    logprobs: list[list[float]]  # empty unless asked for
-    texts: list[str]  # empty unless there are stop strings
-    scores: list[float | None]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # empty unless asked for
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)  # likewise
+    text: str = ""  # of the answer, if there are stop strings
+    ended: EndReason | None = None
+    score: float | None = None
 
 
 def generate_batch(
     model: LanguageModel, tokenizer: TextTokenizer, prompt_tokens: Sequence[Sequence[int]], params: SamplingParams
-) -> BatchOutput:
+) -> list[RowResult]:
     """All answers to prompts of ids, when they are done."""
     check = functools.partial(check_on_all_ranks, "generate") if dist.is_initialized() else check_prompts
     prompts = check(prompt_tokens, model, tokenizer, params)
-    rows = range(len(prompts) * params.num_return_sequences)
-    output = BatchOutput([[] for _ in rows], [[] for _ in rows], ["" for _ in rows], [None for _ in rows])
+    results = [RowResult() for _ in range(len(prompts) * params.num_return_sequences)]
     with lock_of(model).turn():
         for piece in generate_pieces(model, tokenizer, prompts, params, text=bool(params.stop_strings)):
+            result = results[piece.row]
             if piece.token is not None:
-                output.tokens[piece.row].append(piece.token)
+                result.tokens.append(piece.token)
+                result.top_logprobs.append(piece.top_logprobs)
             if piece.logprob is not None:
-                output.logprobs[piece.row].append(piece.logprob)
-            output.texts[piece.row] += piece.text
-            output.scores[piece.row] = piece.score
-    return output
+                result.logprobs.append(piece.logprob)
+            result.text += piece.text
+            result.ended, result.score = piece.ended, piece.score
+    return results
+
+
+def predict(
+    model: LanguageModel,
+    tokenizer: TextTokenizer,
+    prompt_tokens: list[list[int]],
+    params: SamplingParams,
+    *,
+    details: bool,
+) -> list[CompletionPrediction]:
+    """All answers as text, with what was asked for beside it."""
+    decode_text = tokenizer.decode
+    predictions = []
+    for row, result in enumerate(generate_batch(model, tokenizer, prompt_tokens, params)):
+        prompt = prompt_tokens[row // params.num_return_sequences]
+        n_echoed = len(prompt) if params.echo else 0
+        # A stop string may begin within the last token: these characters of it are not part of the answer.
+        cut = len(decode_text(result.tokens[n_echoed:])) - len(result.text) if params.stop_strings else 0
+        text = decode_text(result.tokens)
+        prediction = CompletionPrediction(generation=text[: len(text) - cut])
+        if params.logprobs:
+            token_texts = [decode_text([token]) for token in result.tokens]
+            if cut:
+                token_texts[-1] = token_texts[-1][: max(0, len(token_texts[-1]) - cut)]
+            prediction["tokens"], prediction["logprobs"] = token_texts, result.logprobs
+        if params.top_logprobs:
+            prediction["top_logprobs"] = [
+                [LikelyToken(token=decode_text([token]), id=token, logprob=logprob) for token, logprob in likeliest]
+                for likeliest in result.top_logprobs
+            ]
+        if result.score is not None:
+            prediction["score"] = result.score
+        if details:
+            prediction["finish_reason"] = result.ended or "length"
+            prediction["prompt_tokens"] = len(prompt)
+            prediction["completion_tokens"] = len(result.tokens) - n_echoed
+        predictions.append(prediction)
+    return predictions
 
 
 def stream_batch(
@@ -90,10 +133,9 @@ def check_on_all_ranks(
         error = raised
     if model_parallel_size() > 1:
         digest = hashlib.sha256(repr(prompts).encode()).hexdigest()[:8]
-        arguments = {
-            name: repr(value) for name, value in vars(params).items() if name not in ("stop", "logits_processor")
-        }
-        arguments["logits_processor"] = "None" if params.logits_processor is None else "a function"
+        functions = ("logits_processor", "logits_processors")  # another object on each rank
+        arguments = {name: repr(value) for name, value in vars(params).items() if name not in ("stop", *functions)}
+        arguments["logits_processor"] = f"{len(params.logits_processors)} function(s)"
         arguments["method"] = method
         arguments["prompts"] = f"{len(prompts)} of {sum(map(len, prompts))} tokens with the checksum {digest}"
         check_ranks_agree(arguments, error)
@@ -127,56 +169,107 @@ def generate_pieces(
     if (mapped_files := getattr(model, "mapped_files", None)) is not None:
         mapped_files.check()
     max_new_tokens = [min(params.max_gen_len, model.params.max_seq_len - len(prompt)) for prompt in prompts]
-    rows_per_prompt = max(params.num_return_sequences, params.num_beams)
-    prompt_of_row = [prompt for prompt in prompts for _ in range(rows_per_prompt)]
     is_left = None if should_stop is None else lambda: broadcast_flag(should_stop())
     score_prompts = params.echo and params.logprobs
-    # The prompts: each is prefilled once and its row of the cache copied, or as often as it has rows, if that can't be.
+    rows = [list(prompt) for prompt in prompts for _ in range(params.rows_per_prompt)]
+    stage, logits = "prefill", torch.empty(0)
+    prompt_logprobs: list[list[float]] = []
     try:
         setup_cache = getattr(model, "setup_cache", None)
         cache: Cache | None = setup_cache() if callable(setup_cache) else None
-        start_pos = common_prefix(prompts, cache.tokens) if params.reuse_cache and cache is not None else 0
         if max(max_new_tokens) > 0 or score_prompts:
-            prefilled, longest = prompts if cache is not None else prompt_of_row, max(map(len, prompts))
-            end = longest + max(max_new_tokens)
-            if isinstance(cache, KVCache) and has_fixed_steps(cache.keys.device):
-                # A step attends to them, masked, in every row: but 0 x NaN is NaN.
-                cache.clear(longest, fixed_end(end, model.params.max_seq_len))
-            elif cache is not None and min(map(len, prompts)) < longest:
-                cache.clear(longest, end)  # likewise, in the shorter rows
-            logits, prompt_logprobs = prefill(model, prefilled, start_pos, score_prompts, is_left)
-            for prompt, scores in zip(prefilled, prompt_logprobs, strict=False):
-                if any(map(math.isnan, scores)):
-                    raise ArithmeticError(explain_non_finite(model, prompt))
-            if cache is not None and rows_per_prompt > 1:
-                source_rows = torch.arange(len(prompts), device="cpu").repeat_interleave(rows_per_prompt)
-                cache.reorder(source_rows, longest)
-                logits = logits.repeat_interleave(rows_per_prompt, dim=0)  # (rows, vocab_size)
-                prompt_logprobs = [scores for scores in prompt_logprobs for _ in range(rows_per_prompt)]
+            end = max(map(len, prompts)) + max(max_new_tokens)
+            logits, prompt_logprobs = prefill_rows(model, cache, prompts, params, end, score_prompts, is_left)
+        for row in range(len(prompts) * params.num_return_sequences):
+            i = row // params.num_return_sequences
+            for position, token in enumerate(prompts[i] if params.echo else ()):
+                yield Piece(row, token, prompt_logprobs[i][position] if score_prompts else None, "")
+            if max_new_tokens[i] < 1:
+                yield Piece(row, None, None, "", "length")
+        if max(max_new_tokens) < 1:
+            return
+        stage = "decode"
+        stop_tokens = getattr(tokenizer, "stop_tokens", None)
+        stop_tokens = {getattr(tokenizer, "eos_id", None)} if stop_tokens is None else set(stop_tokens)
+        decode_text = tokenizer.decode if text else None
+        criteria = [StopCriteria(limit, stop_tokens, decode_text, params.stop_strings) for limit in max_new_tokens]
+        if params.num_beams > 1:
+            beams = BeamSearch(model, cache, prompts, params, criteria)
+            for _ in decode(model, logits, list(map(len, rows)), beams.select):
+                if beams.done:
+                    break
+            yield from beams.pieces()
+        else:
+            outputs = [RowOutput(row, criteria[row // params.rows_per_prompt]) for row in range(len(rows))]
+            yield from sample_rows(model, cache, logits, rows, params, outputs, is_left)
     except Stopped:
         return
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            raise MemoryError(explain_generation("prefill", prompts, rows_per_prompt)) from error
+            raise MemoryError(explain_generation(stage, prompts, params.rows_per_prompt)) from error
         raise
-    for row in range(len(prompts) * params.num_return_sequences):
-        i = row // params.num_return_sequences
-        for position, token in enumerate(prompts[i] if params.echo else ()):
-            yield Piece(row, token, prompt_logprobs[i * rows_per_prompt][position] if score_prompts else None, "")
-        if max_new_tokens[i] < 1:
-            yield Piece(row, None, None, "", "length")
-    if max(max_new_tokens) < 1:
-        return
 
-    # The answers.
-    stop_tokens = getattr(tokenizer, "stop_tokens", None)
-    stop_tokens = {getattr(tokenizer, "eos_id", None)} if stop_tokens is None else set(stop_tokens)
-    decode_text = tokenizer.decode if text else None
-    criteria = [StopCriteria(limit, stop_tokens, decode_text, params.stop_strings) for limit in max_new_tokens]
-    lengths = list(map(len, prompt_of_row))
-    beams = BeamSearch(model, cache, prompts, params, criteria) if params.num_beams > 1 else None
-    tokens = [list(prompt) for prompt in prompt_of_row]  # of each row, prompt and answer so far
-    outputs = [RowOutput(row, criteria[row // rows_per_prompt]) for row in range(len(tokens))]
+
+def prefill_rows(
+    model: LanguageModel,
+    cache: Cache | None,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    end: int,
+    score_prompts: bool,
+    is_left: Callable[[], bool] | None,
+) -> tuple[torch.Tensor, list[list[float]]]:
+    """Prefill each prompt once and copy its row of the cache, or as often as it has rows, if that can't be.
+
+    Args:
+        end: positions that the longest row may have in the end.
+        score_prompts: whether to compute the logprobs of the prompts' tokens.
+        is_left: see `should_stop` of `prefill`.
+
+    Returns:
+        The logits of each row's next token, (rows, vocab_size); and the logprobs of each prompt's tokens.
+    """
+    longest = max(map(len, prompts))
+    start_pos = common_prefix(prompts, cache.tokens) if params.reuse_cache and cache is not None else 0
+    if isinstance(cache, KVCache) and has_fixed_steps(cache.keys.device):
+        # A step attends to them, masked, in every row: but 0 x NaN is NaN.
+        cache.clear(longest, fixed_end(end, model.params.max_seq_len))
+    elif cache is not None and min(map(len, prompts)) < longest:
+        cache.clear(longest, end)  # likewise, in the shorter rows
+    prefilled = prompts
+    if cache is None:
+        prefilled = [prompt for prompt in prompts for _ in range(params.rows_per_prompt)]
+    logits, prompt_logprobs = prefill(model, prefilled, start_pos, score_prompts, is_left)
+    for prompt, logprobs in zip(prefilled, prompt_logprobs, strict=False):
+        if any(map(math.isnan, logprobs)):
+            raise ArithmeticError(explain_non_finite(model, prompt))
+    if cache is None:
+        prompt_logprobs = prompt_logprobs[:: params.rows_per_prompt]
+    elif params.rows_per_prompt > 1:
+        source_rows = torch.arange(len(prompts), device="cpu").repeat_interleave(params.rows_per_prompt)
+        cache.reorder(source_rows, longest)
+        logits = logits.repeat_interleave(params.rows_per_prompt, dim=0)  # (rows, vocab_size)
+    return logits, prompt_logprobs
+
+
+def sample_rows(
+    model: LanguageModel,
+    cache: Cache | None,
+    logits: torch.Tensor,
+    tokens: list[list[int]],
+    params: SamplingParams,
+    outputs: list[RowOutput],
+    is_left: Callable[[], bool] | None,
+) -> Iterator[Piece]:
+    """Sample the answers to prompts that have been prefilled.
+
+    Args:
+        logits: of each row's first new token, (rows, vocab_size).
+        tokens: of each row, its prompt; the answers are appended.
+        outputs: the rows' answers.
+        is_left: see `should_stop` of `generate_pieces`.
+    """
+    lengths = list(map(len, tokens))
     generator = None if params.seed is None else torch.Generator(logits.device).manual_seed(int(params.seed))
     sample_plain = functools.partial(
         sample,
@@ -185,43 +278,35 @@ def generate_pieces(
         top_k=params.top_k,
         generator=generator,
     )
+    input_ids = torch.empty(0)  # what the logits processors see of the tokens
 
     def sample_processed(logits: torch.Tensor) -> torch.Tensor:
-        return sample_plain(params.process(model, tokens, logits))
+        return sample_plain(params.process(model, input_ids, logits))
 
-    select = sample_plain if params.logits_processor is None else sample_processed
-    n_forwarded = 0  # new tokens of each row in the cache: step i yields its token before it is forwarded
+    if params.logits_processors:
+        input_ids = left_padded(tokens, logits.device)  # (rows, length)
+    select = sample_processed if params.logits_processors else sample_plain
+    score_tokens = functools.partial(ranked_logprobs, n=params.top_logprobs) if params.logprobs else None
     try:
-        if beams is not None:
-            for _ in decode(model, logits, lengths, beams.select):
-                if beams.done:
-                    break
-            yield from beams.pieces()
-            return
-        steps = decode(model, logits, lengths, select, logprobs=params.logprobs)
-        for n_forwarded, (next_tokens, next_logprobs) in enumerate(steps):  # noqa: B007 - used when it ends
-            logprobs = [None] * len(tokens) if next_logprobs is None else next_logprobs.tolist()
+        for next_tokens, scores in decode(model, logits, lengths, select, score_tokens=score_tokens):
+            ranked = [[]] * len(tokens) if scores is None else scores.tolist()
             # Here the host waits for the device, to see which rows have finished. Those stay in the batch, so that what
             # is sampled for the others doesn't depend on them.
             for row, token in enumerate(next_tokens.tolist()):
                 if outputs[row].ended:
                     continue
                 if token == -1:
-                    processed = params.logits_processor is not None
-                    raise ArithmeticError(explain_non_finite(model, tokens[row], processed))
+                    raise ArithmeticError(explain_non_finite(model, tokens[row], bool(params.logits_processors)))
                 tokens[row].append(token)
-                yield from outputs[row].append(token, logprobs[row])
-            if all(output.ended for output in outputs):
+                logprob, *top_logprobs = [(int(i), logprob) for i, logprob in ranked[row]] or [(token, None)]
+                yield from outputs[row].append(token, logprob[1], tuple(top_logprobs))
+            if all(output.ended for output in outputs) or (is_left is not None and is_left()):
                 return
-            if is_left is not None and is_left():
-                return
-    except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            raise MemoryError(explain_generation("decode", prompts, rows_per_prompt)) from error
-        raise
+            if params.logits_processors:
+                input_ids = torch.cat((input_ids, next_tokens.clamp(min=0)[:, None]), dim=1)
     finally:
-        if cache is not None and beams is None:
-            cache.tokens = [row[: length + n_forwarded] for row, length in zip(tokens, lengths, strict=True)]
+        if cache is not None:  # whose last token has not been forwarded yet
+            cache.tokens = [row[: max(length, len(row) - 1)] for row, length in zip(tokens, lengths, strict=True)]
 
 
 def common_prefix(prompts: list[list[int]], cached: list[list[int]]) -> int:

@@ -15,7 +15,7 @@ from llama.device import copy_without_wait
 from llama.distributed import broadcast
 from llama.non_finite import explain_non_finite
 from llama.protocols import Cache, LanguageModel
-from llama.sampling_params import SamplingParams
+from llama.sampling_params import SamplingParams, left_padded
 from llama.streaming import Piece, RowOutput, StopCriteria
 
 IMPOSSIBLE = -1e9  # the log-probability of beams that only fill up the batch, at the first step
@@ -166,9 +166,9 @@ class BeamSearch:
         """For each prompt, the likeliest continuations of its beams, the likeliest first."""
         tokens = [self.prompts[i] + beam.tokens for i, search in enumerate(self.searches) for beam in search.beams]
         logprobs = torch.log_softmax(logits, dim=-1)  # (prompts * num_beams, vocab_size)
-        # What a logits_processor adds to a logit, it adds to the log-probability: as in Hugging Face's, the
-        # probabilities that are left don't sum to 1 any more.
-        processed_logprobs = self.params.process(self.model, tokens, logits) - logits.logsumexp(dim=-1, keepdim=True)
+        processed_logprobs = logprobs
+        if self.params.logits_processors:  # whose probabilities don't sum to 1 any more, as in Hugging Face's
+            processed_logprobs = self.params.process(self.model, left_padded(tokens, logits.device), logprobs)
         if self.totals is None:
             self.totals = logits.new_tensor([beam.total for beam in self._beams()])
         vocab_size = logprobs.shape[-1]
@@ -187,7 +187,7 @@ class BeamSearch:
             if not self.searches[i].done and (not possible or any(math.isnan(c.total) for c in possible)):
                 beam_rows = range(i * self.params.num_beams, (i + 1) * self.params.num_beams)
                 bad = next((r for r in beam_rows if not processed_logprobs[r].amax().isfinite()), beam_rows[0])
-                has_processor = self.params.logits_processor is not None
+                has_processor = bool(self.params.logits_processors)
                 raise ArithmeticError(explain_non_finite(self.model, tokens[bad], has_processor))
             candidates.append(possible)
         return candidates

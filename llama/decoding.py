@@ -83,8 +83,7 @@ def decode(
     logits: torch.Tensor,
     lengths: list[int],
     select: Callable[[torch.Tensor], torch.Tensor],
-    *,
-    logprobs: bool = False,
+    score_tokens: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """Generate a token a row, step by step, for as long as the consumer asks for more.
 
@@ -93,11 +92,10 @@ def decode(
         lengths: how many tokens each row has. A row that has filled the context is forwarded at its last position again
             and again: the consumer ignores what it yields.
         select: logits -> the next token of each row, (batch), such as `llama.sampling.sample`; -1 where there is none.
-        logprobs: whether to compute them.
+        score_tokens: logits and tokens -> what is to be yielded with the tokens, such as their logprobs.
 
     Yields:
-        The tokens, (batch), the same on every rank; and the natural log of the probability that the network gave each,
-        (batch), or None.
+        The tokens, (batch), the same on every rank; and their scores, or None.
     """
     start_pos: int | torch.Tensor = lengths[0]
     if min(lengths) < max(lengths):
@@ -105,7 +103,7 @@ def decode(
     last_pos = model.params.max_seq_len - 1
     while True:
         next_token = broadcast(select(logits))  # (batch)
-        yield next_token, token_logprobs(logits, next_token.clamp(min=0)) if logprobs else None
+        yield next_token, None if score_tokens is None else score_tokens(logits, next_token.clamp(min=0))
         if isinstance(start_pos, torch.Tensor):
             start_pos = start_pos.clamp(max=last_pos)
         with torch.inference_mode():

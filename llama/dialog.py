@@ -31,17 +31,29 @@ def check_dialog(dialog: Dialog) -> None:
             raise InputError(f"message {number}: unknown role {message['role']!r}; known: {list(get_args(Role))}")
 
 
-class Details(TypedDict, total=False):
-    """Optional keys of a prediction."""
+class LikelyToken(TypedDict):
+    """One of the likeliest tokens in the place of another."""
+
+    token: str  # its text
+    id: int
+    logprob: float
+
+
+class OptionalKeys(TypedDict, total=False):
+    """What predictions have when it is asked for."""
 
     tokens: list[str]  # each token's text; like `logprobs`, with logprobs=True
     logprobs: list[float]
+    top_logprobs: list[list[LikelyToken]]  # in each token's place, the likeliest first; none for a prompt's tokens
     score: float  # of an answer of beam search
+    finish_reason: Literal["stop", "length"]  # the last three with details=True
+    prompt_tokens: int
+    completion_tokens: int
 
 
-class CompletionPrediction(Details):
+class CompletionPrediction(OptionalKeys):
     generation: str
 
 
-class ChatPrediction(Details):
+class ChatPrediction(OptionalKeys):
     generation: Message

@@ -2,13 +2,10 @@
 
     text -> ids -> prefill -> [sample a token -> forward it] -> ids -> text
 
-`llama.decoding` has prefill and the loop, `llama.batch` what decides that a row has finished, and collects the answers.
-
 `generate` works on ids; `text_completion` and `chat_completion` on text. Each has a stream, which yields what the call
-returns piece by piece, as it comes.
+returns as it comes. `llama.decoding` has prefill and the loop; `llama.batch` decides that a row has finished.
 """
 
-import contextlib
 import logging
 import time
 from collections.abc import Generator, Iterable, Sequence
@@ -19,18 +16,19 @@ import torch
 from typing_extensions import Unpack
 
 from llama import distributed
-from llama.batch import generate_batch, stream_batch
+from llama.batch import generate_batch, predict, stream_batch
 from llama.chat_format import ChatFormat
 from llama.checkpoint import Checkpoint, check_tensors, load_model, open_checkpoint
-from llama.checkpoint.memory import check_memory, explain_out_of_memory
+from llama.checkpoint.memory import check_memory, describe_model, explain_out_of_memory
 from llama.compiled import compile_model
 from llama.device import choose_dtype
 from llama.dialog import ChatPrediction, CompletionPrediction, Dialog, Message, Role
 from llama.errors import InputError
 from llama.protocols import DialogFormat, LanguageModel, TextTokenizer
 from llama.sampling import sample_top_p
-from llama.sampling_params import SamplingOptions, SamplingParams, check_number
-from llama.streaming import Piece
+from llama.sampling_options import SamplingOptions, takes_sampling_options
+from llama.sampling_params import SamplingParams, check_number
+from llama.streaming import Piece, refused
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Piece", "Role", "sample_top_p"]
 
@@ -52,9 +50,12 @@ class Llama:
     def __init__(
         self, model: LanguageModel, tokenizer: TextTokenizer, *, formatter: DialogFormat | None = None
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.name = model, tokenizer, type(model).__name__
         if formatter is not None:
             self.formatter = formatter
+
+    def __repr__(self) -> str:
+        return f"<Llama {self.name}: {describe_model(self.model)}>"
 
     @cached_property
     def formatter(self) -> DialogFormat:
@@ -66,9 +67,9 @@ class Llama:
     @staticmethod
     def build(
         ckpt_dir: str | Path | Checkpoint,
-        tokenizer_path: str | Path | None,
-        max_seq_len: int,
-        max_batch_size: int,
+        tokenizer_path: str | Path | None = None,
+        max_seq_len: int | None = None,
+        max_batch_size: int = 4,
         model_parallel_size: int | None = None,
         seed: int = 1,
         *,
@@ -87,7 +88,8 @@ class Llama:
         Args:
             ckpt_dir: a folder in Meta's or Hugging Face's layout, or a GGUF file; or an open checkpoint.
             tokenizer_path: the tokenizer's file; None for the one that comes with the checkpoint.
-            max_seq_len, max_batch_size: the size of the KV cache: tokens of a row, prompt and answer together; rows.
+            max_seq_len, max_batch_size: the size of the KV cache: tokens of a row, prompt and answer together (None for
+                4096, or the model's own limit if that is lower); rows.
             model_parallel_size: processes that share one copy of the model; None for all there are.
             seed: for `torch.manual_seed`; the same on every process.
             device: "cuda", "cpu", "mps"; None for CUDA if there is one, else the CPU.
@@ -103,14 +105,13 @@ class Llama:
             MemoryError: not enough memory; the message says what to lower.
         """
         begin = time.monotonic()
-        check_number("max_seq_len", max_seq_len, 1, integer=True)
+        check_number("max_seq_len", 1 if max_seq_len is None else max_seq_len, 1, integer=True)
         check_number("max_batch_size", max_batch_size, 1, integer=True)
         check_number("seed", seed, -(2**63), 2**64 - 1, integer=True)  # as torch.manual_seed takes it
         checkpoint = open_checkpoint(ckpt_dir)
         tokenizer = checkpoint.tokenizer(tokenizer_path)
         args = checkpoint.settings.model_args(tokenizer.n_words, max_seq_len, max_batch_size)
         check_tensors(checkpoint, args)
-
         chosen_device = distributed.setup(device, model_parallel_size)
         distributed.silence_stdout()
         dtype = choose_dtype(dtype, chosen_device, quantize)
@@ -123,8 +124,11 @@ class Llama:
             compile_model(model)
         torch.manual_seed(seed)
         logger.info("loaded %s in %.1f s", checkpoint.path, time.monotonic() - begin)
-        return Llama(model, tokenizer)
+        built = Llama(model, tokenizer)
+        built.name = checkpoint.path.name
+        return built
 
+    @takes_sampling_options
     def generate(
         self,
         prompt_tokens: Sequence[Sequence[int]],
@@ -145,8 +149,7 @@ class Llama:
             logprobs: also return the natural log of each returned token's probability, whatever the temperature.
             echo: return the prompt before the new tokens. With `max_gen_len=0` and `logprobs` this scores a text; its
                 first token, which has no context, gets 0.0.
-            options: see `llama.sampling_params.SamplingOptions`. All answers to the first prompt come first, those of
-                beam search best first. Tokens that lie wholly within a stop string are left out.
+            options: see `llama.sampling_options.SamplingOptions`.
 
         Returns:
             The ids of each row, up to and without its first stop token, and their logprobs, or None.
@@ -156,9 +159,12 @@ class Llama:
             ArithmeticError, MemoryError: the network computed NaN or infinity; or there was not enough memory.
         """
         params = SamplingParams(max_gen_len, temperature, top_p, logprobs, echo, **options)
-        output = generate_batch(self.model, self.tokenizer, prompt_tokens, params)
-        return output.tokens, output.logprobs if logprobs else None
+        if params.top_logprobs:
+            raise InputError("generate has no place for top_logprobs: its stream and text_completion do")
+        results = generate_batch(self.model, self.tokenizer, prompt_tokens, params)
+        return [result.tokens for result in results], [result.logprobs for result in results] if logprobs else None
 
+    @takes_sampling_options
     def generate_stream(
         self,
         prompt_tokens: Sequence[Sequence[int]],
@@ -170,6 +176,9 @@ class Llama:
     ) -> Generator[Piece, None, None]:
         """What `generate` returns, each token as it is sampled.
 
+        Args:
+            options: see `llama.sampling_options.SamplingOptions`.
+
         Yields:
             Pieces with `row`, `token`, `logprob` (if asked for) and, in a row's last piece, `ended`: "stop" or
             "length". A last piece may have no token. The stream may be left at any time.
@@ -177,6 +186,7 @@ class Llama:
         params = SamplingParams(max_gen_len, temperature, top_p, logprobs, echo=False, **options)
         return stream_batch(self.model, self.tokenizer, prompt_tokens, params, text=bool(params.stop_strings))
 
+    @takes_sampling_options
     def text_completion(
         self,
         prompts: Sequence[str],
@@ -185,6 +195,8 @@ class Llama:
         max_gen_len: int | None = None,
         logprobs: bool = False,
         echo: bool = False,
+        *,
+        details: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> list[CompletionPrediction]:
         """Continue texts.
@@ -192,15 +204,17 @@ class Llama:
         Args:
             prompts: a list of texts.
             max_gen_len: at most this many new tokens; None for as many as fit into `max_seq_len`.
-            temperature, top_p, logprobs, echo, options: see `generate`.
+            temperature, top_p, logprobs, echo: see `generate`.
+            details: also tell each prediction's finish_reason ("stop" or "length"), prompt_tokens, completion_tokens.
+            options: see `llama.sampling_options.SamplingOptions`.
 
         Returns:
-            A prediction for each prompt; with `num_return_sequences`, all of the first prompt's, then all of the
-            second's, and so on.
+            A prediction for each prompt, or several with `num_return_sequences`.
         """
         params = SamplingParams(self._max_gen_len(max_gen_len), temperature, top_p, logprobs, echo, **options)
-        return self._predict(self._encode(prompts), params)
+        return predict(self.model, self.tokenizer, self._encode(prompts), params, details=details)
 
+    @takes_sampling_options
     def text_completion_stream(
         self,
         prompts: Sequence[str],
@@ -212,6 +226,9 @@ class Llama:
     ) -> Generator[Piece, None, None]:
         """What `text_completion` returns, piece by piece.
 
+        Args:
+            options: see `llama.sampling_options.SamplingOptions`.
+
         Yields:
             Pieces as in `generate_stream`, whose `text`, joined row by row, is the prediction's. It comes as soon as it
             is certain: no half characters, and no beginnings of stop strings.
@@ -219,6 +236,7 @@ class Llama:
         params = SamplingParams(self._max_gen_len(max_gen_len), temperature, top_p, logprobs, echo=False, **options)
         return stream_batch(self.model, self.tokenizer, self._encode(prompts), params, text=True)
 
+    @takes_sampling_options
     def chat_completion(
         self,
         dialogs: Sequence[Dialog],
@@ -226,6 +244,8 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
+        *,
+        details: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> list[ChatPrediction]:
         """Answer dialogs, as the assistant.
@@ -233,8 +253,8 @@ class Llama:
         Args:
             dialogs: a list of dialogs, each a list of messages `{"role": …, "content": …}`. If the chat format refuses
                 one, its refusal is the content; tokens and logprobs are still the model's.
-            temperature, top_p, max_gen_len, logprobs, options: see `text_completion`. With `reuse_cache=True`, a dialog
-                that continues the last call's costs only its new tokens.
+            temperature, top_p, max_gen_len, logprobs, details: see `text_completion`.
+            options: see `llama.sampling_options.SamplingOptions`.
 
         Returns:
             A prediction for each dialog, in the order of `text_completion`.
@@ -243,14 +263,15 @@ class Llama:
             InputError: as `generate`; or an unknown role, or an order of roles the chat format can't express.
         """
         params = SamplingParams(self._max_gen_len(max_gen_len), temperature, top_p, logprobs, echo=False, **options)
-        prompt_tokens, refusals = self._encode_dialogs(dialogs)
-        predictions: list[ChatPrediction] = []
-        for row, prediction in enumerate(self._predict(prompt_tokens, params)):
-            refusal = refusals[row // params.num_return_sequences]
-            content = prediction["generation"] if refusal is None else refusal
-            predictions.append({**prediction, "generation": {"role": "assistant", "content": content}})
-        return predictions
+        prompt_tokens, refusals = self._encode_dialogs(dialogs, params.num_return_sequences)
+        answers = predict(self.model, self.tokenizer, prompt_tokens, params, details=details)
+        contents = [refusals[row] or answer["generation"] for row, answer in enumerate(answers)]
+        return [
+            {**answer, "generation": {"role": "assistant", "content": content}}
+            for answer, content in zip(answers, contents, strict=True)
+        ]
 
+    @takes_sampling_options
     def chat_completion_stream(
         self,
         dialogs: Sequence[Dialog],
@@ -260,43 +281,14 @@ class Llama:
         logprobs: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Generator[Piece, None, None]:
-        """What `chat_completion` returns, piece by piece: see `text_completion_stream`."""
+        """What `chat_completion` returns, piece by piece: see `text_completion_stream`.
+
+        Args:
+            options: see `llama.sampling_options.SamplingOptions`.
+        """
         params = SamplingParams(self._max_gen_len(max_gen_len), temperature, top_p, logprobs, echo=False, **options)
-        prompt_tokens, refusals = self._encode_dialogs(dialogs)
-        answers = stream_batch(self.model, self.tokenizer, prompt_tokens, params, text=True)
-
-        def pieces() -> Generator[Piece, None, None]:
-            refused = set()  # the rows whose refusal has been yielded
-            with contextlib.closing(answers):
-                for piece in answers:
-                    refusal = refusals[piece.row // params.num_return_sequences]
-                    if refusal is not None:
-                        piece = piece._replace(text="" if piece.row in refused else refusal)
-                        refused.add(piece.row)
-                    yield piece
-
-        return pieces()
-
-    def _predict(self, prompt_tokens: list[list[int]], params: SamplingParams) -> list[CompletionPrediction]:
-        """`generate`, with the answers as text."""
-        decode_text = self.tokenizer.decode
-        output = generate_batch(self.model, self.tokenizer, prompt_tokens, params)
-        predictions = []
-        for row, tokens in enumerate(output.tokens):
-            n_echoed = len(prompt_tokens[row // params.num_return_sequences]) if params.echo else 0
-            # A stop string may begin within the last token: these characters of it are not part of the answer.
-            cut = len(decode_text(tokens[n_echoed:])) - len(output.texts[row]) if params.stop_strings else 0
-            text = decode_text(tokens)
-            prediction = CompletionPrediction(generation=text[: len(text) - cut])
-            if params.logprobs:
-                token_texts = [decode_text([token]) for token in tokens]
-                if cut:
-                    token_texts[-1] = token_texts[-1][: max(0, len(token_texts[-1]) - cut)]
-                prediction["tokens"], prediction["logprobs"] = token_texts, output.logprobs[row]
-            if (score := output.scores[row]) is not None:
-                prediction["score"] = score
-            predictions.append(prediction)
-        return predictions
+        prompt_tokens, refusals = self._encode_dialogs(dialogs, params.num_return_sequences)
+        return refused(stream_batch(self.model, self.tokenizer, prompt_tokens, params, text=True), refusals)
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
@@ -304,14 +296,14 @@ class Llama:
         bos = getattr(self.tokenizer, "add_bos", True)
         return [self.tokenizer.encode(prompt, bos=bos, eos=False) for prompt in prompts]
 
-    def _encode_dialogs(self, dialogs: Sequence[Dialog]) -> tuple[list[list[int]], list[str | None]]:
-        """The prompts of dialogs, and what to answer in the model's place, if the format says so."""
+    def _encode_dialogs(self, dialogs: Sequence[Dialog], n_answers: int) -> tuple[list[list[int]], list[str | None]]:
+        """The prompts of dialogs; and for each answer what to say in the model's place, if the format refuses."""
         if isinstance(dialogs, str) or not isinstance(dialogs, Iterable):
             raise InputError(f"dialogs must be a list of dialogs, not {dialogs!r:.80}")
         dialogs = list(dialogs)
         refusal = getattr(self.formatter, "refusal", lambda dialog: None)
         prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
-        return prompt_tokens, [refusal(dialog) for dialog in dialogs]
+        return prompt_tokens, [refusal(dialog) for dialog in dialogs for _ in range(n_answers)]
 
     def _max_gen_len(self, max_gen_len: int | None) -> int:
         return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len  # as in the reference

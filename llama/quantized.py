@@ -55,7 +55,10 @@ class QuantizedWeight(nn.Module):
 
     Attributes:
         out_features, in_features: the matrix's sizes.
+        bits: of a weight.
     """
+
+    bits: int
 
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__()
@@ -89,6 +92,7 @@ class Int8Weight(QuantizedWeight):
         device: where it is kept.
     """
 
+    bits = 8
     values: torch.Tensor
     scales: torch.Tensor
 
@@ -135,6 +139,7 @@ class Int4Weight(QuantizedWeight):
         InputError: at a product, if it has been moved to a device of another type.
     """
 
+    bits = 4
     packed: torch.Tensor
     scales_and_zeros: torch.Tensor
 

@@ -104,3 +104,14 @@ def sampling_probs(logits: torch.Tensor, temperature: float, top_p: float, top_k
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Natural log of each given token's probability: (..., vocab_size) and (...) -> (...), float32, at most 0."""
     return torch.log_softmax(logits, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def ranked_logprobs(logits: torch.Tensor, tokens: torch.Tensor, n: int) -> torch.Tensor:
+    """Each row's token and its n likeliest, as ids and logprobs: (batch, vocab_size), (batch) -> (batch, 1 + n, 2).
+
+    They are one float32 tensor, so that it takes one wait: it holds ids exactly, up to 2^24.
+    """
+    logprobs = torch.log_softmax(logits, dim=-1)
+    likeliest = logprobs.topk(min(n, logits.shape[-1]), dim=-1).indices
+    ids = torch.cat((tokens[:, None], likeliest), dim=-1)
+    return torch.stack((ids.float(), logprobs.gather(-1, ids)), dim=-1)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from numbers import Integral, Real
 from operator import index
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,33 +15,20 @@ from llama.errors import InputError
 from llama.model_lock import lock_of
 from llama.protocols import LanguageModel, TextTokenizer
 
-LogitsProcessor = Callable[[list[list[int]], torch.Tensor], torch.Tensor]
-
-
-class SamplingOptions(TypedDict, total=False):
-    """The keyword arguments that `Llama.generate`, `text_completion`, `chat_completion` and their streams share."""
-
-    top_k: int | None  # sample from this many of the likeliest tokens; then from the nucleus of these
-    num_return_sequences: int  # answers to each prompt: first all of the first prompt's, then all of the second's, …
-    num_beams: int  # above 1: beam search with this many beams, instead of sampling
-    length_penalty: float  # a beam's score is its log-probability / length ** length_penalty
-    # When beam search ends. True: when num_beams answers are finished. False: when the best beam's score at its present
-    # length is no better than theirs. "never": when its score at the greatest length isn't.
-    early_stopping: bool | Literal["never"]
-    stop: str | Iterable[str] | None  # strings that end an answer, and aren't part of it
-    logits_processor: LogitsProcessor | None  # (each row's ids so far, logits (rows, vocab_size)) -> logits
-    seed: int | None  # sample with a generator of this call's own
-    # Prefill only what the cache doesn't hold of the last call's prompts and answers; not after changing the weights.
-    reuse_cache: bool
+# (input_ids (rows, length), scores (rows, vocab_size)) -> scores: the convention of Hugging Face's transformers
+LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """The arguments of one call, checked. Applied in this order: logits_processor, temperature, top_k, top_p.
+    """The arguments of one call, checked: see `llama.sampling_options` for what they mean.
+
+    Attributes:
+        stop_strings, logits_processors: `stop` and `logits_processor` as tuples.
+        rows_per_prompt: how many rows of the batch each prompt has.
 
     Raises:
         InputError: a value out of range, or a combination that makes no sense.
-        TypeError: an unknown argument.
     """
 
     max_gen_len: int
@@ -56,8 +43,11 @@ class SamplingParams:
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     stop: str | Iterable[str] | None = None
-    stop_strings: tuple[str, ...] = field(init=False)  # `stop` as a tuple
-    logits_processor: LogitsProcessor | None = None
+    stop_strings: tuple[str, ...] = field(init=False)
+    logits_processor: LogitsProcessor | Iterable[LogitsProcessor] | None = None
+    logits_processors: tuple[LogitsProcessor, ...] = field(init=False)
+    top_logprobs: int = 0
+    rows_per_prompt: int = field(init=False)
     seed: int | None = None
     reuse_cache: bool = False
 
@@ -76,14 +66,24 @@ class SamplingParams:
             check_number("seed", self.seed, 0, 2**64 - 1, integer=True)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise InputError(f"early_stopping={self.early_stopping!r} must be True, False or 'never'")
-        if self.logits_processor is not None and not callable(self.logits_processor):
-            raise InputError(
-                f"logits_processor={self.logits_processor!r:.80} must be a function (tokens, logits) -> logits"
-            )
+        check_number("top_logprobs", self.top_logprobs, 0, integer=True)
+        if self.top_logprobs > 0 and not self.logprobs:
+            raise InputError(f"top_logprobs={self.top_logprobs} needs logprobs=True, too")
+        processors: Any = () if self.logits_processor is None else self.logits_processor
+        if not isinstance(processors, list | tuple):  # transformers' LogitsProcessorList is a list, and callable too
+            processors = (processors,)
+        object.__setattr__(self, "logits_processors", tuple(processors))  # the dataclass is frozen
+        for processor in processors:
+            if not callable(processor):
+                raise InputError(
+                    f"logits_processor={processor!r:.80} must be a function (input_ids, scores) -> scores, or a list "
+                    f"of them"
+                )
+        object.__setattr__(self, "rows_per_prompt", max(self.num_return_sequences, self.num_beams))
         stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, Iterable):
             raise InputError(f"stop={stop!r:.80} must be a string or list of strings")
-        object.__setattr__(self, "stop_strings", tuple(stop))  # the dataclass is frozen
+        object.__setattr__(self, "stop_strings", tuple(stop))
         if not all(isinstance(string, str) and string for string in self.stop_strings):
             raise InputError(
                 f"stop={self.stop_strings!r:.80} must be a string or a list of strings, none of them empty"
@@ -112,48 +112,61 @@ class SamplingParams:
                     f"num_beams={self.num_beams} searches for the likeliest answer and samples nothing, so that "
                     f"{name}={value} means nothing: leave it out"
                 )
+        if self.top_logprobs > 0:
+            raise InputError(f"num_beams={self.num_beams} compares whole answers: leave top_logprobs out")
         if self.num_return_sequences > self.num_beams:
             raise InputError(
                 f"num_return_sequences={self.num_return_sequences} is more than the num_beams={self.num_beams} answers "
                 f"that are found"
             )
 
-    def process(self, model: LanguageModel, tokens: list[list[int]], logits: torch.Tensor) -> torch.Tensor:
-        """The logits, (rows, vocab_size) float32, after the call's logits_processor, if it has one.
+    def process(self, model: LanguageModel, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores after the call's logits processors; without any, the scores themselves.
 
         Args:
-            model: where they come from; the logits_processor can't make a call on it.
-            tokens: of each row, prompt and answer so far.
+            model: where they come from; a logits processor can't make a call on it.
+            input_ids: of each row, prompt and answer so far, (rows, length) int64: see `left_padded`.
+            scores: logits, or in beam search log-probabilities, (rows, vocab_size) float32.
 
         Raises:
-            InputError: it returned something else than logits of this shape.
+            InputError: a processor returned something else than scores of this shape.
         """
-        if self.logits_processor is None:
-            return logits
+        if not self.logits_processors:
+            return scores
         if not dist.is_initialized() or model_parallel_size() == 1:
-            return self._processed(self.logits_processor, model, tokens, logits)
-        processed, rows = logits, ""
+            return self._processed(model, input_ids, scores)
+        processed, rows = scores, ""
         error: BaseException | None = None
         try:
-            processed = self._processed(self.logits_processor, model, tokens, logits)
+            processed = self._processed(model, input_ids, scores)
             rows = str(processed.amax(dim=-1).isfinite().nonzero().flatten().tolist())
         except BaseException as raised:  # raised on all ranks, which would otherwise wait for this one
             error = raised
         check_ranks_agree({"rows for which the logits_processor leaves a token to choose": rows}, error, PROCESSOR_TAG)
         return processed
 
-    def _processed(
-        self, processor: LogitsProcessor, model: LanguageModel, tokens: list[list[int]], logits: torch.Tensor
-    ) -> torch.Tensor:
+    def _processed(self, model: LanguageModel, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`process`, on this rank alone."""
-        with lock_of(model).calling_processor():
-            processed = processor(tokens, logits.clone())
-        if not isinstance(processed, torch.Tensor) or processed.shape != logits.shape:
-            raise InputError(
-                f"logits_processor must return logits of shape {tuple(logits.shape)}, not "
-                f"{tuple(processed.shape) if isinstance(processed, torch.Tensor) else processed!r}"
-            )
-        return processed.to(logits)
+        processed = scores.clone()  # a processor may change it in place
+        for processor in self.logits_processors:
+            with lock_of(model).calling_processor():
+                processed = processor(input_ids, processed)
+            if not isinstance(processed, torch.Tensor) or processed.shape != scores.shape:
+                raise InputError(
+                    f"logits_processor must return scores of shape {tuple(scores.shape)}, not "
+                    f"{tuple(processed.shape) if isinstance(processed, torch.Tensor) else processed!r}"
+                )
+        return processed.to(scores)
+
+
+def left_padded(rows: list[list[int]], device: torch.device) -> torch.Tensor:
+    """Rows of ids as one tensor, (rows, length) int64, for logits processors.
+
+    Shorter rows are padded on the left with their own first token: so no row holds a token that isn't in it anyway, and
+    a penalty for tokens that have occurred, for example, does not depend on the other rows.
+    """
+    longest = max(map(len, rows))
+    return torch.tensor([row[:1] * (longest - len(row)) + row for row in rows], device=device)
 
 
 def check_number(name: str, value: Any, minimum: float, maximum: float = math.inf, *, integer: bool = False) -> None:
@@ -172,7 +185,6 @@ def check_prompts(
     vocab_size = getattr(model.params, "vocab_size", -1)
     if vocab_size == -1:
         vocab_size = getattr(tokenizer, "n_words", math.inf)
-    rows_per_prompt = max(params.num_return_sequences, params.num_beams)
     if params.num_beams > 1 and not callable(getattr(model, "setup_cache", None)):
         raise InputError(
             f"num_beams={params.num_beams} needs a model whose KV cache can be reordered, with `setup_cache`: see "
@@ -189,10 +201,10 @@ def check_prompts(
             f"{len(prompts)} prompts given, but max_batch_size={max_batch_size}: give fewer at a time, or build with a "
             f"larger max_batch_size"
         )
-    if len(prompts) * rows_per_prompt > max_batch_size:
+    if len(prompts) * params.rows_per_prompt > max_batch_size:
         raise InputError(
-            f"{len(prompts)} prompt(s) with {rows_per_prompt} rows each (num_return_sequences or num_beams) are more "
-            f"than max_batch_size={max_batch_size}"
+            f"{len(prompts)} prompt(s) with {params.rows_per_prompt} rows each (num_return_sequences or num_beams) are "
+            f"more than max_batch_size={max_batch_size}"
         )
     for row, prompt in enumerate(prompts):
         if not prompt:

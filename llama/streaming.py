@@ -6,7 +6,7 @@ still become one.
 
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextvars import copy_context
 from queue import SimpleQueue
 from typing import Literal, NamedTuple, TypeVar
@@ -32,6 +32,16 @@ class Piece(NamedTuple):
     text: str  # "" unless asked for
     ended: EndReason | None = None  # "stop": at a stop token or string; "length": no tokens left; None: it goes on
     score: float | None = None  # with the end of an answer of beam search
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # the likeliest tokens in its place, the likeliest first
+
+
+class PendingToken(NamedTuple):
+    """A token of an answer that hasn't been released yet."""
+
+    token: int
+    logprob: float | None
+    top_logprobs: tuple[tuple[int, float], ...]
+    begin: int  # where its own text begins in the answer's
 
 
 class TextStream:
@@ -95,10 +105,11 @@ class RowOutput:
         self._text = ""
         self._cut = False  # a stop string was found, and the text ends before it
         self._released = 0  # characters of the text that have been released
-        # Tokens to be released, each with its logprob, and with the position in the text where its own text begins.
-        self._pending: list[tuple[int, float | None, int]] = []
+        self._pending: list[PendingToken] = []
 
-    def append(self, token: int, logprob: float | None) -> Iterator[Piece]:
+    def append(
+        self, token: int, logprob: float | None, top_logprobs: tuple[tuple[int, float], ...] = ()
+    ) -> Iterator[Piece]:
         """Add a token; yields what is certain now."""
         is_stop = token in self._criteria.stop_tokens
         if is_stop:
@@ -108,11 +119,14 @@ class RowOutput:
             if len(self._tokens) == self._criteria.max_new_tokens:
                 self.ended = "length"
         if self._stream is None:  # without text, every token is certain at once
-            yield Piece(self._row, None if is_stop else token, None if is_stop else logprob, "", self.ended)
+            if is_stop:
+                yield Piece(self._row, None, None, "", self.ended)
+            else:
+                yield Piece(self._row, token, logprob, "", self.ended, top_logprobs=top_logprobs)
             return
         if not is_stop:
             begin = len(self._text) + self._stream.uncertain
-            self._pending.append((token, logprob, begin))
+            self._pending.append(PendingToken(token, logprob, top_logprobs, begin))
             self._add_text(self._stream.push(token))
         if self.ended and not self._cut:
             self._add_text(self._stream.end())
@@ -148,12 +162,13 @@ class RowOutput:
     def _release(self) -> Iterator[Piece]:
         certain = len(self._text) if self.ended else len(self._text) - self._possible_stop()
         held_back = not self.ended and self._criteria.stop_strings
-        count = sum(1 for _, _, begin in self._pending if not held_back or begin < certain)
+        count = sum(1 for pending in self._pending if not held_back or pending.begin < certain)
         released, self._pending = self._pending[:count], self._pending[count:]
         text, self._released = self._text[self._released : certain], certain
-        for i, (token, logprob, _) in enumerate(released):
+        for i, (token, logprob, top_logprobs, _) in enumerate(released):
             is_last = i == len(released) - 1
-            yield Piece(self._row, token, logprob, text if is_last else "", self.ended if is_last else None)
+            ended = self.ended if is_last else None
+            yield Piece(self._row, token, logprob, text if is_last else "", ended, top_logprobs=top_logprobs)
         if not released and (text or self.ended):
             yield Piece(self._row, None, None, text, self.ended)
 
@@ -164,6 +179,18 @@ class RowOutput:
             if any(string.startswith(self._text[-length:]) for string in self._criteria.stop_strings):
                 return length
         return 0
+
+
+def refused(pieces: Generator[Piece, None, None], refusals: Sequence[str | None]) -> Generator[Piece, None, None]:
+    """The pieces of a stream, with a row's refusal, where it has one, in place of the row's text."""
+    begun = set()  # the rows whose refusal has been yielded
+    with contextlib.closing(pieces):
+        for piece in pieces:
+            refusal = refusals[piece.row]
+            if refusal is not None:
+                piece = piece._replace(text="" if piece.row in begun else refusal)
+                begun.add(piece.row)
+            yield piece
 
 
 class Stopped(Exception):

@@ -132,7 +132,7 @@ def test_few_functions_stand_between_generate_and_the_network():
     llama.generate([[5]], 1)  # the first call also makes the cache and the lock
     called = functions_called(lambda: llama.generate([[5, 6, 7]], 8, 0.8, 0.9))
     outside = {(file, name) for file, name in called if file not in NOT_COUNTED}
-    assert len(outside) <= 16, sorted(outside)
+    assert len(outside) <= 19, sorted(outside)
     names = {name for _, name in called}
     assert {"Llama.generate", "prefill", "decode", "sample", "sample_top_p"} <= {name for _, name in outside}
     assert {"Attention.forward", "apply_rotary_emb", "linear"} <= names

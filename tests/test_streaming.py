@@ -17,7 +17,7 @@ from llama import Llama, Tokenizer
 from llama.batch import generate_pieces
 from llama.default_model import default_checkpoint
 from llama.sampling_params import SamplingParams
-from llama.streaming import WINDOW, RowOutput, StopCriteria, TextStream
+from llama.streaming import WINDOW, Piece, RowOutput, StopCriteria, TextStream
 
 TEXTS = [
     "The quick brown fox — naïve café, Ångström; it's 12345.",
@@ -172,8 +172,8 @@ def test_the_logprobs_stay_with_their_tokens():
 
 def test_without_text_every_token_is_released_at_once():
     output = RowOutput(3, StopCriteria(3, {0}))
-    assert [tuple(piece) for piece in output.append(5, -0.5)] == [(3, 5, -0.5, "", None, None)]
-    assert [tuple(piece) for piece in output.append(0, -0.5)] == [(3, None, None, "", "stop", None)]
+    assert list(output.append(5, -0.5)) == [Piece(3, 5, -0.5, "")]
+    assert list(output.append(0, -0.5)) == [Piece(3, None, None, "", "stop")]
 
 
 def test_finish_releases_what_was_held_back():

@@ -17,7 +17,7 @@ from torch import nn
 from llama import Transformer
 from llama.decoding import decode, prefill
 from llama.positions import fixed_end
-from llama.sampling import sample
+from llama.sampling import sample, token_logprobs
 from on_cuda.models import (
     answering,
     capture_steps,
@@ -160,7 +160,8 @@ def check_no_wait_within_a_step(context: Context) -> None:
                 def select(logits: torch.Tensor, temperature: float = temperature) -> torch.Tensor:
                     return sample(logits, temperature, 0.9)
 
-                steps = decode(model, logits, list(lengths), select, logprobs=logprobs)
+                score_tokens = token_logprobs if logprobs else None
+                steps = decode(model, logits, list(lengths), select, score_tokens=score_tokens)
                 for _ in range(4):
                     with no_waits(device) if attempt else contextlib.nullcontext():
                         tokens, _ = next(steps)

@@ -17,6 +17,8 @@ from llama.tokenizer import Tokenizer
 
 logger = logging.getLogger("llama")
 
+DEFAULT_SEQ_LEN = 4096  # tokens; the KV cache grows with them
+
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # that weights may have in a file
 
 
@@ -35,18 +37,25 @@ class Settings:
     params: dict[str, Any]
     advised_seq_len: int | None = None
 
-    def model_args(self, vocab_size: int, max_seq_len: int, max_batch_size: int) -> ModelArgs:
+    @property
+    def default_seq_len(self) -> int:
+        """The context where nothing else is asked for: `DEFAULT_SEQ_LEN`, or the model's own if that is shorter."""
+        limits = (self.params.get("max_position_embeddings"), self.advised_seq_len)
+        return min([DEFAULT_SEQ_LEN, *filter(None, limits)])
+
+    def model_args(self, vocab_size: int, max_seq_len: int | None, max_batch_size: int) -> ModelArgs:
         """The model's sizes, completed by those of its tokenizer and its KV cache.
 
         Args:
             vocab_size: the tokenizer's number of tokens.
-            max_seq_len: positions of the cache.
+            max_seq_len: positions of the cache; None for `default_seq_len`.
             max_batch_size: rows of the cache.
 
         Raises:
             InputError: the tokenizer has another number of tokens, or the cache is too long for the model.
             CheckpointError: the sizes in the files are not those of a possible network.
         """
+        max_seq_len = self.default_seq_len if max_seq_len is None else max_seq_len
         args = ModelArgs(**self.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         if args.vocab_size == -1:
             args.vocab_size = vocab_size

@@ -15,9 +15,11 @@ from llama.checkpoint.load import read_settings
 from llama.checkpoint.parameters import parameter_count, parameter_shapes, quantization_of, share
 from llama.device import dtype_name
 from llama.distributed import model_parallel_size, raising_on_all_ranks
+from llama.model import Transformer
 from llama.model_args import ModelArgs
 from llama.out_of_memory import out_of_memory_explained
-from llama.quantized import GROUP_SIZE, check_quantize
+from llama.protocols import LanguageModel
+from llama.quantized import GROUP_SIZE, QuantizedWeight, check_quantize
 
 logger = logging.getLogger("llama")
 
@@ -70,6 +72,17 @@ def footprint(
         weight_bytes(args, dtype, model_parallel_size, quantize),
         cache_bytes(args, dtype, model_parallel_size),
     )
+
+
+def describe_model(model: LanguageModel) -> str:
+    """A network in a line: its size, dtype and device, and the size of its KV cache."""
+    cache = f"{model.params.max_batch_size} rows of {model.params.max_seq_len} tokens"
+    if not isinstance(model, Transformer):
+        return cache
+    weight = model.norm.weight
+    bits = next((part.bits for part in model.modules() if isinstance(part, QuantizedWeight)), None)
+    dtype = dtype_name(weight.dtype) + ("" if bits is None else f" with weights of {bits} bits")
+    return f"{parameter_count(model.params):,} parameters, {dtype} on {weight.device}, {cache}"
 
 
 def weight_bytes(args: ModelArgs, dtype: torch.dtype, size: int, quantize: str | None = None) -> int:

@@ -1,8 +1,9 @@
 """`llama complete`: continues a text."""
 
 from llama.cli.build import build_llama
-from llama.cli.terminal import print_piece, require_stdout, text_or_stdin, to_json
-from llama.sampling_params import SamplingOptions, SamplingParams
+from llama.cli.terminal import print_piece, require_stdout, status_line, text_or_stdin, to_json
+from llama.sampling_options import SamplingOptions
+from llama.sampling_params import SamplingParams
 
 
 def complete(
@@ -59,8 +60,11 @@ def complete(
         (prediction,) = llama.text_completion([prompt], temperature, top_p, max_gen_len, logprobs=True, **options)
         print(to_json({"prompt": prompt, **prediction}))
         return
+    n_tokens = len(llama.tokenizer.encode(prompt, bos=getattr(llama.tokenizer, "add_bos", True), eos=False))
     try:
-        for piece in llama.text_completion_stream([prompt], temperature, top_p, max_gen_len, **options):
-            print_piece(piece.text)
+        with status_line(f"prefilling the prompt of {n_tokens} tokens ...") as remove_status:
+            for piece in llama.text_completion_stream([prompt], temperature, top_p, max_gen_len, **options):
+                remove_status()
+                print_piece(piece.text)
     finally:
         print(flush=True)

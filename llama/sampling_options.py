@@ -1,0 +1,106 @@
+"""The keyword arguments that `Llama.generate`, `text_completion`, `chat_completion` and their streams share."""
+
+import difflib
+import functools
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, ParamSpec, TypedDict, TypeVar
+
+from llama.sampling_params import LogitsProcessor, SamplingParams
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+class SamplingOptions(TypedDict, total=False):
+    """What else a call can ask for. A token is chosen by logits_processor, temperature, top_k and top_p, in this order.
+
+    Attributes:
+        top_k: sample from this many of the likeliest tokens, and then from the nucleus of these; None for all.
+        num_return_sequences: answers to each prompt: first all to the first prompt, then all to the second, and so on.
+        num_beams: above 1: beam search with this many beams, instead of sampling. The best answer comes first.
+        length_penalty: a beam's score is its log-probability / length ** length_penalty.
+        early_stopping: when beam search ends. True: when num_beams answers are finished; False: when the best beam's
+            score at its present length is no better than theirs; "never": when its score at the greatest length isn't.
+        stop: strings that end an answer, and aren't part of it. Tokens that lie wholly within one are left out.
+        logits_processor: a function (input_ids, scores) -> scores, or a list of them, as Hugging Face's transformers
+            and grammar engines have them: of each row, the ids so far (rows, length) and the logits of the next token
+            (rows, vocab_size). Where rows differ in length, their ids are padded on the left with their own first
+            token. In beam search the scores are log-probabilities.
+        seed: sample with a random generator of this call's own.
+        reuse_cache: prefill only what the KV cache doesn't hold of the last call's prompts and answers; not after
+            changing the weights.
+        top_logprobs: with logprobs=True, also tell this many of the likeliest tokens in each new token's place, with
+            their logprobs: in predictions, and in the pieces of streams.
+    """
+
+    top_k: int | None
+    num_return_sequences: int
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
+    stop: str | Iterable[str] | None
+    logits_processor: LogitsProcessor | Iterable[LogitsProcessor] | None
+    seed: int | None
+    reuse_cache: bool
+    top_logprobs: int
+
+
+OTHER_NAMES = {  # what other libraries call an option, and what to do here
+    "do_sample": "temperature=0 takes the likeliest token, and any higher one samples",
+    "eos_token_id": "the ids that end an answer are tokenizer.stop_tokens",
+    "generator": "give a seed",
+    "max_length": "give max_gen_len, the number of new tokens",
+    "max_new_tokens": "it is called max_gen_len here",
+    "max_tokens": "it is called max_gen_len here",
+    "n": "it is called num_return_sequences here",
+    "repetition_penalty": "give transformers' RepetitionPenaltyLogitsProcessor as logits_processor",
+    "stop_sequences": "it is called stop here",
+    "stop_strings": "it is called stop here",
+    "stream": "the methods whose names end in _stream yield an answer as it comes",
+    "streamer": "the methods whose names end in _stream yield an answer as it comes",
+}
+
+
+def takes_sampling_options(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Give a method that ends in `**options: Unpack[SamplingOptions]` the signature and description of each of them.
+
+    The line "options: ..." of its docstring makes way for their descriptions. An option that doesn't exist is a
+    TypeError that says which one does.
+    """
+    signature, options = inspect.signature(method), SamplingOptions.__annotations__
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    known = [parameter.name for parameter in parameters[1:]] + list(options)
+    for name, annotation in options.items():
+        default = SamplingParams.__dataclass_fields__[name].default
+        keyword = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        parameters.append(keyword)
+
+    @functools.wraps(method)
+    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(f"{method.__name__}() has no option {name!r}: {advice(name, known)}")
+        return method(*args, **kwargs)
+
+    descriptions = inspect.cleandoc(SamplingOptions.__doc__ or "").partition("Attributes:\n")[2]
+    described: Any = checked
+    described.__doc__ = re.sub(
+        r"^ *options: .*\n", textwrap.indent(descriptions, " " * 8) + "\n", method.__doc__ or "", flags=re.MULTILINE
+    )
+    described.__signature__ = signature.replace(parameters=parameters)
+    return checked
+
+
+def advice(name: str, known: list[str]) -> str:
+    """What to do about the name of an option that doesn't exist.
+
+    Args:
+        known: the names that do.
+    """
+    similar = difflib.get_close_matches(name, known, 1)
+    if similar and name not in OTHER_NAMES:
+        return f"did you mean {similar[0]}?"
+    return OTHER_NAMES.get(name, f"there are {', '.join(known)}")
