@@ -210,6 +210,48 @@ def test_several_stop_strings(runner, tiny_checkpoint):
         assert result.stdout == whole[:end] + "\n"
 
 
+SLOW_PREFILL = """
+import time
+from types import SimpleNamespace
+import torch
+from llama import Llama
+from llama.cli import complete, run
+
+class Model:  # continues n with n + 1
+    params = SimpleNamespace(max_batch_size=1, max_seq_len=32)
+
+    def forward(self, tokens, start_pos):
+        time.sleep(1.5 if tokens.shape[1] > 1 else 0)
+        return 20.0 * torch.nn.functional.one_hot(tokens + 1, 50).float()
+
+class Tokenizer:
+    pad_id, eos_id, stop_tokens = -1, 2, {2}
+    encode = staticmethod(lambda s, bos, eos: [1] + [int(number) for number in s.split()])
+    decode = staticmethod(lambda t: " ".join(map(str, t)))
+
+complete.build_llama = lambda *args, **options: Llama(Model(), Tokenizer())
+for _ in range(2):
+    run(complete.complete, args=["3 4 5", "--max_gen_len", "4", "--temperature", "0"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_a_long_prompt_at_a_terminal():
+    """A line says that it is prefilled, until the first piece, or Ctrl-C."""
+    import pexpect
+
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = pexpect.spawn(sys.executable, ["-c", SLOW_PREFILL], env=environment, encoding="utf-8", timeout=60)
+    status = r"\rprefilling the prompt of 4 tokens \.\.\."
+    process.expect(f"^{status}\r +\r6 7 8 9\r\n{status}")
+    process.sendintr()
+    process.expect(pexpect.EOF)
+    process.close()
+    assert re.fullmatch(r"(\^C)?\r +\r\r\n", process.before)
+    assert process.exitstatus == 130
+
+
 @pytest.fixture
 def without_bos(tmp_path):
     """A checkpoint whose texts don't begin with a token of their own, so that an empty one is no prompt."""
