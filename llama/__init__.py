@@ -43,16 +43,20 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """A public name or one of these modules, imported when it is first used, so that `llama --help` needs no torch."""
+    """A public name, a module or the version, imported when it is first used, so that `llama --help` needs no torch."""
     for module, names in _MODULES.items():
         if name == module or name in names:
             imported = importlib.import_module(f"llama.{module}")
             return imported if name == module else getattr(imported, name)
+    if name == "__version__":
+        from importlib.metadata import version  # not at the top: it takes as long as `llama --help`
+
+        return version("llama")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})
 
 
 if "ipykernel" in sys.modules:

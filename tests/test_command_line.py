@@ -58,6 +58,7 @@ def test_the_version_is_the_packages():
     result = subprocess.run([sys.executable, "-m", "llama", "--version"], capture_output=True, text=True, cwd=ROOT)
     version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     assert result.stdout == f"llama {version}\n"
+    assert llama.__version__ == version
 
 
 def test_summaries_are_those_of_the_commands(monkeypatch):
@@ -77,6 +78,7 @@ assert set(llama.__all__) <= set(dir(llama))
 assert llama.model.Transformer is llama.Transformer
 assert llama.generation.Llama is llama.Llama
 assert llama.tokenizer.Tokenizer is llama.Tokenizer
+assert "__version__" in dir(llama)
 from llama import *
 assert all(name in globals() for name in llama.__all__)
 """

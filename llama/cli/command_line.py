@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
+import llama
 from llama.cli.terminal import (
     discard_unwritable_output,
     escape_control_characters,
@@ -153,9 +154,7 @@ def find_call(component: Command | Mapping[str, LazyCommand], name: str, args: l
             parser.error(f"{args[0]!r} is not a command; {suggestion(args[0], component)}")
         chosen, _ = parser.parse_known_args(args[:1] or ["--help"])
         if chosen.version:
-            import importlib.metadata  # not at the top: it takes as long as everything else here
-
-            return functools.partial(print, f"{name} {importlib.metadata.version('llama')}")
+            return functools.partial(print, f"{name} {llama.__version__}")
         if chosen.command is None:
             parser.error(f"{args[0]} must come after a command; see --help")
         component, name, args = component[chosen.command].load(), f"{name} {chosen.command}", args[1:]
