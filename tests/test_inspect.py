@@ -13,20 +13,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, hugging_face_twin, tiny_model, torchrun
+from conftest import ROOT, ScriptedModel, hugging_face_twin, tiny_model, torchrun
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from run_command import Runner, Stdin
 
-import llama.cli.token_statistics
+import llama.inspection
 from llama import Llama
 from llama.cli.inspect import print_inspection, token_name
 from llama.cli.inspect_format import format_settings, percent, readable, surprise_level
-from llama.cli.inspect_page import STYLE, render_page
-from llama.cli.token_statistics import inspect_tokens, text_statistics
+from llama.cli.inspect_page import STYLE
+from llama.cli.token_statistics import text_statistics
 from llama.errors import InputError
 from llama.files import writable_file
+from llama.inspection import inspect_text, inspect_tokens
 from llama.output_folder import write_whole
 
 HOSTILE = '<script>alert(1)</script><img src="http://127.0.0.1:9/x.png"> [bold]x[/bold] \x1b[31m\x1b]0;y\x07 \u202e'
@@ -63,7 +64,7 @@ def inspection(tiny, ids):
 @pytest.mark.parametrize("max_logits", [7 * 524, 2**23])
 def test_statistics_agree_with_transformers(tiny, ids, monkeypatch, max_logits):
     """Each number follows from its definition and another implementation's probabilities, for any block size."""
-    monkeypatch.setattr(llama.cli.token_statistics, "MAX_LOGITS", max_logits)
+    monkeypatch.setattr(llama.inspection, "MAX_LOGITS", max_logits)
     inspection = inspect_tokens(tiny.model, tiny.tokenizer, ids, alternatives=4)
     with torch.no_grad():
         logits = hugging_face_twin(tiny.model).double()(torch.tensor([ids])).logits[0]  # (seq, vocab_size)
@@ -72,7 +73,7 @@ def test_statistics_agree_with_transformers(tiny, ids, monkeypatch, max_logits):
 
 @pytest.mark.parametrize("max_logits", [7 * 524, 2**23])
 def test_statistics_follow_from_the_logits(tiny, ids, monkeypatch, max_logits):
-    monkeypatch.setattr(llama.cli.token_statistics, "MAX_LOGITS", max_logits)
+    monkeypatch.setattr(llama.inspection, "MAX_LOGITS", max_logits)
     inspection = inspect_tokens(tiny.model, tiny.tokenizer, ids, alternatives=4)
     with torch.no_grad():
         check_statistics(inspection, ids, tiny.model(torch.tensor([ids]))[0].double())
@@ -189,6 +190,19 @@ def test_invalid_arguments(tiny, ids):
         inspect_tokens(broken, tiny.tokenizer, ids)
     with pytest.raises(ArithmeticError, match="NaN or infinity"):
         inspect_tokens(broken, tiny.tokenizer, [7])
+
+
+def test_a_text_and_its_continuation(tiny):
+    text = "the user is in the other house"
+    ids = tiny.tokenizer.encode(text, bos=True, eos=False)
+    settings = dict(temperature=0.9, top_p=0.8, top_k=40)
+    (generated,), _ = tiny.generate([ids], 6, seed=3, **settings)
+    expected = inspect_tokens(tiny.model, tiny.tokenizer, ids + generated, len(generated), alternatives=2, **settings)
+    assert inspect_text(tiny, text, 6, seed=3, alternatives=2, **settings) == expected
+    logprob = text_statistics(expected.tokens).logprob
+    assert repr(expected) == f"<Inspection: n_tokens={len(ids + generated)}, logprob={logprob:.2f}>"
+    with pytest.raises(InputError, match=r"only what Llama\.build makes can be inspected, not .*ScriptedModel"):
+        inspect_text(Llama(ScriptedModel(), tiny.tokenizer), text)
 
 
 # Texts
@@ -394,7 +408,7 @@ def test_links_are_followed_and_only_regular_files_written(tmp_path):
 
 
 def test_markup_in_the_text_is_escaped(hostile):
-    text = render_page(hostile, "<b>model</b>")
+    text = hostile.page("<b>model</b>")
     assert set(re.findall(r"<(\w+)", text)) <= {
         "html", "head", "meta", "link", "title", "style", "body", "main", "header", "h1", "h2", "p", "dl", "div",
         "dt", "dd", "small", "section", "a", "ul", "ol", "li", "span", "b", "i", "svg", "rect", "line", "figure",
@@ -438,7 +452,7 @@ def open_page(browser, tmp_path):
     path = tmp_path / "page.html"
 
     def open_page(inspection, width=1100, height=800, scheme="light"):
-        write_whole(path, render_page(inspection, "a model"))
+        write_whole(path, inspection.page("a model"))
         browser.execute_cdp_cmd(
             "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         )
@@ -596,13 +610,35 @@ def test_the_policy_lets_nothing_run_or_load(browser, tmp_path, hostile):
     """Markup that did get into the page would have no effect."""
     path = tmp_path / "page.html"
     evil = '<script>document.title = "ran"</script><img src="http://127.0.0.1:9/x.png"><style>body{color:red}</style>'
-    write_whole(path, render_page(hostile, "a model").replace("</main>", evil + "</main>"))
+    write_whole(path, hostile.page("a model").replace("</main>", evil + "</main>"))
     browser.get(path.as_uri())
     assert browser.find_elements("css selector", "main img")
     assert browser.title == "How sure was the model? – a model"
     assert colour(browser.find_element("css selector", "body"), "color") != (255, 0, 0)
     refusals = " ".join(entry["message"] for entry in browser.get_log("browser"))
     assert all(directive in refusals for directive in ("script", "img-src", "style-src"))
+
+
+@pytest.mark.slow
+def test_a_notebook_shows_the_page_in_a_frame(browser, tmp_path, inspection, hostile):
+    """It has its own style, and changes nothing around it."""
+    path = tmp_path / "notebook.html"
+    outputs = "".join(f"<div>{shown._repr_html_()}</div>" for shown in (inspection, hostile))
+    path.write_text(f"<!DOCTYPE html><meta charset=utf-8><style>.t {{color: red}}</style><main>A</main>{outputs}")
+    browser.get(path.as_uri())
+    browser.get_log("browser")
+    main = browser.find_element("css selector", "main")
+    assert main.value_of_css_property("padding") == "0px"
+    for frame, shown in zip(browser.find_elements("css selector", "iframe"), (inspection, hostile), strict=True):
+        assert frame.rect["width"] > 700
+        browser.switch_to.frame(frame)
+        elements = browser.find_elements("css selector", ".t")
+        assert len(elements) == len(shown.tokens)
+        assert own_text(browser, elements[2]) == shown.tokens[2].text
+        assert colour(elements[1], "color") != (255, 0, 0)
+        assert browser.find_elements("css selector", "script, img, em, .model:not(:empty)") == []
+        browser.switch_to.default_content()
+    assert browser.get_log("browser") == []
 
 
 @pytest.mark.slow

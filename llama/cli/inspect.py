@@ -1,7 +1,6 @@
 """`llama inspect`: how likely a model found each token of a text, on the terminal or as a page."""
 
 from pathlib import Path
-from typing import cast
 
 from rich.console import Console
 from rich.table import Table
@@ -9,16 +8,14 @@ from rich.text import Text as StyledText
 
 from llama.cli.build import build_llama
 from llama.cli.inspect_format import LEGEND, figures, format_settings, percent, readable, surprise_level
-from llama.cli.inspect_page import render_page
 from llama.cli.terminal import escape_control_characters, require_stdout, text_or_stdin
-from llama.cli.token_statistics import Inspection, SamplingDistribution, TokenStatistics, inspect_tokens
+from llama.cli.token_statistics import SamplingDistribution, TokenStatistics
 from llama.default_model import default_checkpoint
 from llama.distributed import is_first_rank
 from llama.files import writable_file
-from llama.model import Transformer
+from llama.inspection import Inspection, inspect_text
 from llama.output_folder import write_whole
 from llama.sampling_params import SamplingParams, check_number
-from llama.tokenizer import Tokenizer
 
 # The style of each surprise level, in the colours of the page. Each sets text and background, to suit any terminal.
 STYLES = (
@@ -80,23 +77,11 @@ def inspect(
     prompt = text_or_stdin(text)
     checkpoint = str(default_checkpoint()) if ckpt_dir is None else ckpt_dir
     llama = build_llama(checkpoint, tokenizer_path, max_seq_len, dtype, seed, quantize=quantize, prompt=prompt)
-    model, tokenizer = cast(Transformer, llama.model), cast(Tokenizer, llama.tokenizer)  # as `Llama.build` makes them
-    tokens = tokenizer.encode(prompt, bos=tokenizer.add_bos, eos=False)
-    (generated,), _ = llama.generate([tokens], max_gen_len, temperature, top_p, top_k=top_k)
-    inspection = inspect_tokens(
-        model,
-        tokenizer,
-        tokens + generated,
-        len(generated),
-        alternatives=alternatives,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-    )
+    inspection = inspect_text(llama, prompt, max_gen_len, temperature, top_p, top_k=top_k, alternatives=alternatives)
     if file is None:
         print_inspection(inspection, Console(highlight=False))
     elif is_first_rank():
-        write_whole(file, render_page(inspection, Path(checkpoint).resolve().name))
+        write_whole(file, inspection.page(Path(checkpoint).resolve().name))
         print(escape_control_characters(f"wrote {file}"))
 
 
@@ -115,7 +100,7 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
     for start in range(0, len(distributions), columns):
         console.print(distribution_table(inspection, distributions[start : start + columns], bar_width))
         console.print()
-    for name, value, parts in figures(inspection):
+    for name, value, parts in figures(inspection.tokens):
         line = ((f"{name:26}", "dim"), (f"{value:>9}", "bold"), f"   {' · '.join(parts)}".rstrip())
         console.print(StyledText.assemble(*line))
 

@@ -4,7 +4,7 @@ import unicodedata
 from collections.abc import Callable
 from typing import NamedTuple
 
-from llama.cli.token_statistics import Inspection, SamplingDistribution, TextStatistics, text_statistics
+from llama.cli.token_statistics import SamplingDistribution, TextStatistics, TokenStatistics, text_statistics
 
 # The colour of a token is its surprise level: the number of these probabilities that its own is below.
 LEVELS = (0.5, 0.2, 0.05, 0.01, 0.001)
@@ -61,11 +61,11 @@ def format_settings(distribution: SamplingDistribution) -> str:
     return ", ".join(parts) or "temperature 1"
 
 
-def figures(inspection: Inspection) -> list[Figure]:
+def figures(tokens: list[TokenStatistics]) -> list[Figure]:
     """Format the statistics of the text, and of its prompt and completion if it has both."""
-    text = text_statistics(inspection.tokens)
-    prompt = text_statistics([token for token in inspection.tokens if not token.generated])
-    completion = text_statistics([token for token in inspection.tokens if token.generated])
+    text = text_statistics(tokens)
+    prompt = text_statistics([token for token in tokens if not token.generated])
+    completion = text_statistics([token for token in tokens if token.generated])
 
     def figure(name: str, value: Callable[[TextStatistics], str]) -> Figure:
         parts = [f"prompt {value(prompt)}", f"completion {value(completion)}"] if completion.n_tokens else []

@@ -1,23 +1,12 @@
-"""How likely a model found each token of a text, and how the next token would be sampled.
-
-ids -> one forward pass without the cache -> logits of each position -> statistics of each token
-"""
+"""The statistics of the tokens of a text, and of the distributions that the next token is sampled from."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from llama.errors import InputError
-from llama.model import Transformer
-from llama.non_finite import explain_non_finite
 from llama.sampling import sampling_probs
-from llama.sampling_params import SamplingParams, check_number, check_prompts
-from llama.tokenizer import Tokenizer
-
-MAX_LOGITS = 2**23  # logits that are computed at once; their statistics take a few tensors of this size
 
 
 class Candidate(NamedTuple):
@@ -63,100 +52,6 @@ class TextStatistics(NamedTuple):
     logprob: float  # the sum, in nats
     perplexity: float | None  # exp(-mean logprob)
     entropy: float | None  # the mean, in nats
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """The result of `inspect_tokens`.
-
-    Attributes:
-        tokens: the tokens of the text.
-        next_tokens: the most likely tokens after the text, with their probabilities at temperature 1.
-        requested: the distribution of the next token with the requested sampling settings.
-        variations: its distributions with one setting at a time: temperatures 0.5, 1 and 1.5; top-k; top-p (the
-            requested ones, or 5 and 0.9).
-    """
-
-    tokens: list[TokenStatistics]
-    next_tokens: list[Candidate]
-    requested: SamplingDistribution
-    variations: list[SamplingDistribution]
-
-
-@torch.inference_mode()
-def inspect_tokens(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    tokens: Sequence[int],
-    n_generated: int = 0,
-    *,
-    alternatives: int = 5,
-    n_next_tokens: int = 10,
-    temperature: float = 0.6,
-    top_p: float = 0.9,
-    top_k: int | None = None,
-) -> Inspection:
-    """Compute the statistics of each token of a text, and the distributions of the token after it.
-
-    Args:
-        model: the model. Its cache is neither used nor changed.
-        tokenizer: the tokenizer, which names the tokens.
-        tokens: the ids of the text: a prompt, and what was generated after it.
-        n_generated: how many of them, at the end, were generated.
-        alternatives: how many of the most likely tokens to list at each position.
-        n_next_tokens: how many of the most likely tokens to list after the text.
-        temperature, top_p, top_k: the requested sampling settings; see `llama.sampling.sample`.
-
-    Raises:
-        InputError: no tokens, more than `max_seq_len`, an id outside the vocabulary, or a number out of range.
-        ArithmeticError: the network computed NaN or infinity.
-    """
-    params = SamplingParams(0, temperature, top_p, top_k=top_k)  # which checks the sampling settings
-    (ids,) = check_prompts([tokens], model, tokenizer, params)
-    check_number("alternatives", alternatives, 1, integer=True)
-    check_number("n_next_tokens", n_next_tokens, 1, integer=True)
-    check_number("n_generated", n_generated, 0, integer=True)
-    if n_generated > len(ids):
-        raise InputError(f"n_generated={n_generated} is more than the {len(ids)} tokens of the text")
-
-    hidden = model.hidden_states(torch.tensor([ids], device=model.norm.weight.device))[0]  # (seq, dim)
-    first_generated = len(ids) - n_generated
-    first = TokenStatistics(ids[0], tokenizer.token_text(ids[0]), first_generated == 0, None, None, None, None, [])
-    statistics = [first]
-    positions = max(1, MAX_LOGITS // model.vocab_size)  # of one block
-    for start in range(0, len(ids) - 1, positions):
-        targets = torch.tensor(ids[1 + start : 1 + start + positions], device=hidden.device)
-        logits = finite_logits(model, ids, hidden[start : start + len(targets)])  # (positions, vocab_size)
-        for prediction in predictions(logits, targets, alternatives, tokenizer.token_text):
-            i = len(statistics)
-            statistics.append(TokenStatistics(ids[i], tokenizer.token_text(ids[i]), i >= first_generated, *prediction))
-
-    logits = finite_logits(model, ids, hidden[-1:])  # (1, vocab_size)
-    probs, next_ids = torch.softmax(logits[0], dim=-1).topk(min(n_next_tokens, logits.shape[-1]))
-    next_tokens = [
-        Candidate(token, tokenizer.token_text(token), prob)
-        for token, prob in zip(next_ids.tolist(), probs.tolist(), strict=True)
-    ]
-    settings = [
-        (temperature, top_p, top_k),
-        *((value, 1.0, None) for value in (0.5, 1.0, 1.5)),
-        (1.0, 1.0, top_k or 5),
-        (1.0, top_p if top_p < 1 else 0.9, None),
-    ]
-    requested, *variations = [sampling_distribution(logits, next_ids, *setting) for setting in settings]
-    return Inspection(statistics, next_tokens, requested, variations)
-
-
-def finite_logits(model: Transformer, tokens: list[int], hidden: torch.Tensor) -> torch.Tensor:
-    """Return the logits of hidden states that the model computed on these tokens: (seq, dim) -> (seq, vocab_size).
-
-    Raises:
-        ArithmeticError: some are NaN or infinity.
-    """
-    logits = model.logits(hidden)
-    if not logits.isfinite().all():
-        raise ArithmeticError(explain_non_finite(model, tokens))
-    return logits
 
 
 def predictions(
