@@ -150,22 +150,22 @@ def test_a_stop_string_ends_a_beam(llama):
     assert all(len(prediction["tokens"]) == len(prediction["logprobs"]) for prediction in predictions)
 
 
-def only_even(tokens, logits):
+def only_even(input_ids, scores):
     """A logits_processor."""
-    logits[:, 1::2] = -math.inf
-    return logits
+    scores[:, 1::2] = -math.inf
+    return scores
 
 
 def test_a_logits_processor_changes_the_search(llama):
     seen = []
 
-    def processor(tokens, logits):
-        seen.append([list(row) for row in tokens])
-        return only_even(tokens, logits)
+    def processor(input_ids, scores):
+        seen.append(input_ids.tolist())
+        return only_even(input_ids, scores)
 
     tokens, _ = llama.generate(PROMPTS[:2], NEW_TOKENS, num_beams=3, num_return_sequences=3, logits_processor=processor)
     assert all(token % 2 == 0 for answer in tokens for token in answer)
-    assert seen[0] == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3
+    assert seen[0] == [PROMPTS[0]] * 3 + [PROMPTS[1][:1] * 2 + PROMPTS[1]] * 3
     assert all(len(row) == len(PROMPTS[0]) + 3 for row in seen[3][:3])
     (prediction,) = llama.text_completion(
         ["3 1 4"], max_gen_len=NEW_TOKENS, num_beams=3, logits_processor=only_even, logprobs=True
@@ -191,11 +191,11 @@ def test_a_logits_processor_of_hugging_face_gives_the_same(llama, twin):
 
 
 def test_a_beam_without_a_possible_token_leaves_the_others(llama):
-    def no_token_after_an_odd_one(tokens, logits):
-        for row, ids in enumerate(tokens):
+    def no_token_after_an_odd_one(input_ids, scores):
+        for row, ids in enumerate(input_ids):
             if len(ids) > 3 and ids[3] % 2:
-                logits[row] = -math.inf
-        return logits
+                scores[row] = -math.inf
+        return scores
 
     tokens, _ = llama.generate([[3, 1, 4]], NEW_TOKENS, num_beams=6, logits_processor=no_token_after_an_odd_one)
     assert tokens[0][0] % 2 == 0

@@ -82,7 +82,7 @@ def test_every_way_to_decode():
     for options in (
         {"temperature": 0, "logprobs": True},
         {"temperature": 0.8, "seed": 3, "top_k": 20},
-        {"temperature": 0.8, "seed": 3, "logits_processor": lambda tokens, logits: logits.roll(1, -1)},
+        {"temperature": 0.8, "seed": 3, "logits_processor": lambda input_ids, scores: scores.roll(1, -1)},
         {"num_beams": 2},
     ):
         for batch in ([PROMPT], [PROMPT, PROMPT[::-1]], prompts[: 2 if "num_beams" in options else 3]):

@@ -107,8 +107,8 @@ def test_every_way_to_decode():
     compiled_llama, plain = llama(compiled_model()), llama(tiny_model())
     prompts = [PROMPT, PROMPT[:4], PROMPT[:9]]
 
-    def forbid_sevens(tokens, logits):
-        return logits.index_fill(-1, torch.tensor([7]), -torch.inf)
+    def forbid_sevens(input_ids, scores):
+        return scores.index_fill(-1, torch.tensor([7]), -torch.inf)
 
     for options in (
         {"temperature": 0},

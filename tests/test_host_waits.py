@@ -65,7 +65,7 @@ ALL = COMMON | {
     "echo": ({"logprobs": True, "echo": True}, TWO_WAITS),
     "several answers": ({"num_return_sequences": 2}, ONE_WAIT),
     "beams with logprobs": ({"num_beams": 2, "logprobs": True}, ONE_WAIT),
-    "logits_processor": ({"logits_processor": lambda tokens, logits: logits * 2}, ONE_WAIT),
+    "logits_processor": ({"logits_processor": lambda input_ids, scores: scores * 2}, ONE_WAIT),
     "stop": ({"stop": "no such string"}, ONE_WAIT),
     "reuse_cache": ({"reuse_cache": True}, ONE_WAIT),
 }

@@ -152,7 +152,7 @@ def test_a_call_records_the_tokens_whose_keys_and_values_it_leaves(llama):
     assert llama.model.cache.tokens == []
     llama.generate(prompts, 4, 0)
     with pytest.raises(ZeroDivisionError):
-        llama.generate(prompts, 4, 0, logits_processor=lambda tokens, logits: 1 / 0)
+        llama.generate(prompts, 4, 0, logits_processor=lambda input_ids, scores: 1 / 0)
     assert llama.model.cache.tokens == prompts
 
 

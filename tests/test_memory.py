@@ -182,7 +182,7 @@ def collected(stream):
 
 
 def test_a_processor_that_fails_otherwise_is_not_explained():
-    def fail(tokens, logits):
+    def fail(input_ids, scores):
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match=r"^something else$"):

@@ -70,7 +70,7 @@ def test_the_same_tokens_as_ordinary_steps(changes):
         {"num_return_sequences": 3, "temperature": 0.8, "seed": 1},
         {"reuse_cache": True},
         {"stop": ["7 "]},
-        {"logits_processor": lambda tokens, logits: logits.roll(1, -1)},
+        {"logits_processor": lambda input_ids, scores: scores.roll(1, -1)},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -115,7 +115,7 @@ def test_what_a_mask_hides_does_not_count(fixed_steps):
     assert call(model, prompts, 20, temperature=0) == call(fresh, prompts, 20, temperature=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"logits_processor": lambda tokens, logits: logits}], ids=["", "processed"])
+@pytest.mark.parametrize("options", [{}, {"logits_processor": lambda input_ids, scores: scores}], ids=["", "processed"])
 def test_nothing_is_left_in_the_cache_of_numbers_that_are_not_finite(options, fixed_steps):
     model, fresh = tiny_model(), tiny_model()
     weight = model.layers[0].attention.wv.weight

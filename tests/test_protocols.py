@@ -117,9 +117,9 @@ def test_logits_of_any_dtype():
 
     seen = []
 
-    def record_dtype(tokens, logits):
-        seen.append(logits.dtype)
-        return logits
+    def record_dtype(input_ids, scores):
+        seen.append(scores.dtype)
+        return scores
 
     llama = Llama(HalfPrecision(), ScriptedTokenizer([]))
     assert llama.generate([[3, 4]], 2, 0, logits_processor=record_dtype)[0] == [[5, 6]]

@@ -25,15 +25,15 @@ llama = Llama(Transformer(tiny_args()), ScriptedTokenizer(()))
 PROMPTS = [[5, 6, 7], [8, 9]]
 n_calls = 0
 
-def fails(tokens, logits):
+def fails(input_ids, scores):
     global n_calls
     n_calls += 1
     if rank == 1 and n_calls % 3 == 0:
         raise KeyError("on rank 1 alone")
-    return logits
+    return scores
 
-def not_a_number(tokens, logits):
-    return logits * torch.nan if rank == 1 else logits
+def not_a_number(input_ids, scores):
+    return scores * torch.nan if rank == 1 else scores
 
 def other(value, others):
     return others if rank == 1 else value
@@ -64,7 +64,7 @@ for name, call in CALLS.items():
         results[name] = "nothing was raised"
     except Exception as error:
         results[name] = f"{type(error).__name__}: {error}"
-    results[name, "next"] = llama.generate(PROMPTS, 4, 0, logits_processor=lambda tokens, logits: logits)[0]
+    results[name, "next"] = llama.generate(PROMPTS, 4, 0, logits_processor=lambda input_ids, scores: scores)[0]
 Path(sys.argv[2] + str(rank)).write_text(json.dumps([[str(key), value] for key, value in results.items()]))
 """
 

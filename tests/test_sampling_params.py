@@ -129,12 +129,12 @@ def test_the_answers_to_the_first_prompt_come_first(llama):
 def test_a_logits_processor_may_compute_gradients_and_keep_its_logits(llama):
     kept = []
 
-    def add_gradient(tokens, logits):
-        kept.append(logits)
+    def add_gradient(input_ids, scores):
+        kept.append(scores)
         with torch.enable_grad():
-            x = logits.clone().requires_grad_()
+            x = scores.clone().requires_grad_()
             (x[:, 300] * 1e6 - x.logsumexp(dim=-1)).sum().backward()
-        return logits + x.grad
+        return scores + x.grad
 
     assert llama.generate([[5, 6]], 4, 0, logits_processor=add_gradient)[0] == [[300] * 4]
     assert (kept[0].requires_grad_() * 2).requires_grad
@@ -143,27 +143,29 @@ def test_a_logits_processor_may_compute_gradients_and_keep_its_logits(llama):
 def test_a_logits_processor_sees_all_tokens_and_decides_what_is_sampled(llama):
     seen = []
 
-    def only_multiples_of_ten(tokens, logits):
-        seen.append([list(row) for row in tokens])
-        assert logits.shape == (3, 320)
-        assert logits.dtype == torch.float32
+    def only_multiples_of_ten(input_ids, scores):
+        seen.append(input_ids.tolist())
+        assert scores.shape == (3, 320)
+        assert scores.dtype == torch.float32
         mask = torch.ones(320, dtype=torch.bool)
         mask[::10] = False
-        return logits.masked_fill(mask, -torch.inf)
+        return scores.masked_fill(mask, -torch.inf)
 
     tokens, logprobs = llama.generate(PROMPTS, 6, 1.0, 1.0, logits_processor=only_multiples_of_ten, logprobs=True)
     assert all(token % 10 == 0 for answer in tokens for token in answer)
-    assert seen[0] == PROMPTS
-    assert seen[3] == [prompt + answer[:3] for prompt, answer in zip(PROMPTS, tokens, strict=True)]
+    longest = max(map(len, PROMPTS))
+    padded = [prompt[:1] * (longest - len(prompt)) + prompt for prompt in PROMPTS]
+    assert seen[0] == padded
+    assert seen[3] == [prompt + answer[:3] for prompt, answer in zip(padded, tokens, strict=True)]
     for prompt, answer, scores in zip(PROMPTS, tokens, logprobs, strict=True):  # the logprobs stay those of the model
         expected = llama.generate([prompt + answer], 0, logprobs=True, echo=True)[1][0][len(prompt) :]
         assert scores == pytest.approx(expected, abs=2e-4)
 
 
 def test_a_logits_processor_comes_before_temperature_and_top_k(llama):
-    def favour(tokens, logits):
-        logits[:, 300] = 1000.0
-        return logits
+    def favour(input_ids, scores):
+        scores[:, 300] = 1000.0
+        return scores
 
     assert llama.generate([[5]], 4, 5.0, 1.0, top_k=3, logits_processor=favour)[0] == [[300] * 4]
     assert llama.generate([[5]], 4, 0, logits_processor=favour)[0] == [[300] * 4]
@@ -172,9 +174,9 @@ def test_a_logits_processor_comes_before_temperature_and_top_k(llama):
 def test_changes_in_place_don_t_change_the_logprobs(llama):
     expected = llama.generate([[5, 6]], 1, 0, logprobs=True)
 
-    def in_place(tokens, logits):
-        logits.mul_(3.0)
-        return logits
+    def in_place(input_ids, scores):
+        scores.mul_(3.0)
+        return scores
 
     assert llama.generate([[5, 6]], 1, 0, logprobs=True, logits_processor=in_place) == expected
 
@@ -182,10 +184,10 @@ def test_changes_in_place_don_t_change_the_logprobs(llama):
 @pytest.mark.parametrize(
     ("processor", "error", "message"),
     [
-        (lambda tokens, logits: None, ValueError, r"must return logits of shape \(1, 320\), not None"),
-        (lambda tokens, logits: logits[0], ValueError, r"must return logits of shape \(1, 320\), not \(320,\)"),
-        (lambda tokens, logits: logits * math.nan, ArithmeticError, "after the logits_processor"),
-        (lambda tokens, logits: torch.full_like(logits, -torch.inf), ArithmeticError, "leave no token to choose"),
+        (lambda input_ids, scores: None, ValueError, r"must return scores of shape \(1, 320\), not None"),
+        (lambda input_ids, scores: scores[0], ValueError, r"must return scores of shape \(1, 320\), not \(320,\)"),
+        (lambda input_ids, scores: scores * math.nan, ArithmeticError, "after the logits_processor"),
+        (lambda input_ids, scores: torch.full_like(scores, -torch.inf), ArithmeticError, "leave no token to choose"),
     ],
 )
 def test_logits_processors_with_a_wrong_result(llama, processor, error, message):

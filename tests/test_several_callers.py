@@ -214,10 +214,10 @@ def test_an_unstarted_stream_costs_nothing():
 def test_errors_of_the_producer_reach_the_consumer():
     llama = Llama(tiny_model(), ScriptedTokenizer(()))
 
-    def fail(tokens, logits):
-        if len(tokens[0]) == 4:
+    def fail(input_ids, scores):
+        if len(input_ids[0]) == 4:
             raise KeyError("no such grammar")
-        return logits
+        return scores
 
     stream = llama.generate_stream([[5, 6]], 10, logits_processor=fail)
     assert next(stream).token is not None
@@ -232,21 +232,21 @@ def test_a_logits_processor_that_uses_its_llama(llama):
     message = "a logits_processor can't use the Llama that it is called by"
     other = Llama(tiny_model(seed=1), ScriptedTokenizer(()))
 
-    def calls(tokens, logits):
+    def calls(input_ids, scores):
         llama.generate([[5]], 1)
-        return logits
+        return scores
 
-    def streams(tokens, logits):
+    def streams(input_ids, scores):
         next(llama.generate_stream([[5]], 1))
-        return logits
+        return scores
 
-    def through_another(tokens, logits):
+    def through_another(input_ids, scores):
         next(other.generate_stream([[5]], 1, logits_processor=calls))
-        return logits
+        return scores
 
-    def uses_another(tokens, logits):
+    def uses_another(input_ids, scores):
         other.generate([[5]], 1)
-        return logits
+        return scores
 
     for processor in (calls, streams, through_another):
         with pytest.raises(RuntimeError, match=message):

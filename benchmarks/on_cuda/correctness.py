@@ -296,10 +296,10 @@ def check_logits_processor(context: Context) -> None:
     (first, *_), _ = answering(model).generate(prompts, 10, 0)
     banned = first[0]
 
-    def ban(tokens: object, logits: torch.Tensor) -> torch.Tensor:
-        same("device of the logits", logits.device.type, model.norm.weight.device.type)
-        logits[:, banned] = -torch.inf
-        return logits
+    def ban(input_ids: object, scores: torch.Tensor) -> torch.Tensor:
+        same("device of the scores", scores.device.type, model.norm.weight.device.type)
+        scores[:, banned] = -torch.inf
+        return scores
 
     ours, _ = answering(model).generate(prompts, 10, 0, logits_processor=ban)
     require(not any(banned in row for row in ours), "a banned token was taken")

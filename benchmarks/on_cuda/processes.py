@@ -295,7 +295,7 @@ def fail_within_call(folder: Path, device: str, kill: bool) -> None:
     """Fail on the second rank, in the fourth step of a call."""
     n_steps = 0
 
-    def processor(tokens: object, logits: torch.Tensor) -> torch.Tensor:
+    def processor(input_ids: object, scores: torch.Tensor) -> torch.Tensor:
         nonlocal n_steps
         n_steps += 1
         if n_steps == 4 and dist.get_rank() == 1:
@@ -303,7 +303,7 @@ def fail_within_call(folder: Path, device: str, kill: bool) -> None:
             if kill:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise SystemExit("raised by a logits_processor of one rank")
-        return logits
+        return scores
 
     build_shared(folder, device).generate([[1, 2, 3]], 60, logits_processor=processor)
 
