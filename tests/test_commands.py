@@ -443,6 +443,66 @@ def test_info_on_every_layout(runner, tmp_path, llama3_path):
     assert "it does not fit: " in printed["this machine"]
 
 
+def test_info_as_json(runner, tmp_path, llama3_path, monkeypatch):
+    """Everything that info prints, each value by itself."""
+    monkeypatch.setattr("llama.cli.info.free_memory", lambda device: 10**9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    small = tiny_model(vocab_size=524)
+    folder = write_meta_checkpoint(tmp_path / "meta\x1b", small, llama3_path, 2)
+    options = ["--dtype", "float32", "--max_seq_len", 64, "--max_batch_size", 3, "--nproc", 2]
+    result = runner.llama("info", folder, "--json", *options)
+    assert (result.returncode, result.stderr, result.stdout.count("\n")) == (0, "", 1)
+    assert "\x1b" not in result.stdout
+    expected = footprint(folder, dtype=torch.float32, max_seq_len=64, max_batch_size=3, model_parallel_size=2)
+    assert json.loads(result.stdout) == {
+        "checkpoint": str(folder),
+        "layout": "Meta",
+        "weight_files": 2,
+        "tensor_types": None,
+        "family": "Llama architecture",
+        "dim": 128,
+        "n_layers": 2,
+        "n_heads": 4,
+        "head_dim": 32,
+        "n_kv_heads": 2,
+        "ffn_dim": 192,
+        "vocab_size": 524,
+        "tie_embeddings": False,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000,
+        "rope_scaling_factor": None,
+        "parameters": sum(weight.numel() for weight in small.parameters()),
+        "tokenizer": "byte-level BPE",
+        "tokenizer_error": None,
+        "n_words": 524,
+        "stop_tokens": {"<|end_of_text|>": 269, "<|eot_id|>": 277},
+        "chat_format": "Llama 3, as its tokens tell: it comes with no template",
+        "chat_format_error": None,
+        "dtype": "float32",
+        "quantize": None,
+        "max_seq_len": 64,
+        "max_batch_size": 3,
+        "nproc": 2,
+        "weight_bytes": expected.weight_bytes,
+        "cache_bytes": expected.cache_bytes,
+        "total_bytes": expected.weight_bytes + expected.cache_bytes,
+        "device": "cpu",
+        "free_bytes": [10**9],
+        "fits": True,
+    }
+    write_gguf(tmp_path / "model.gguf", small, gguf.GGMLQuantizationType.Q4_0)  # but the norms
+    printed = json.loads(runner.llama("info", tmp_path / "model.gguf", "--json").stdout)
+    assert list(printed["tensor_types"]) == ["Q4_0", "F32"]
+    assert sum(printed["tensor_types"].values()) == pytest.approx(1)
+    (folder / "tokenizer.model").write_text("no tokenizer")
+    printed = json.loads(runner.llama("info", folder, "--json", "--max_batch_size", 10**6).stdout)
+    assert (printed["tokenizer"], printed["stop_tokens"], printed["chat_format"]) == (None, None, None)
+    assert "tokenizer.model" in printed["tokenizer_error"]
+    assert printed["fits"] is False
+    unusable = by_first_column(runner.llama("info", folder).stdout)["tokenizer"]
+    assert unusable == f"unusable: {printed['tokenizer_error']}".replace("\x1b", "␛").strip()
+
+
 @pytest.mark.parametrize("quantize", QUANTIZATIONS)
 def test_info_on_a_quantized_model(runner, tmp_path, llama3_path, monkeypatch, quantize):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from llama.chat_format import ChatFormat, TemplateFormat
 from llama.checkpoint import Checkpoint, Settings, open_checkpoint, parameter_count, read_settings
 from llama.checkpoint.gguf import open_parts
 from llama.checkpoint.memory import LLAMA2_VOCAB_SIZE, cache_bytes, free_memory, weight_bytes
-from llama.cli.terminal import escape_control_characters, require_stdout
+from llama.cli.terminal import escape_control_characters, require_stdout, to_json
 from llama.default_model import default_checkpoint
 from llama.device import default_dtype, dtype_name, dtype_named
 from llama.errors import CheckpointError, InputError, MissingFileError
@@ -38,6 +39,7 @@ def info(
     max_batch_size: int = 1,
     dtype: str | None = None,
     quantize: str | None = None,
+    json: bool = False,
 ) -> None:
     """Describe a checkpoint, the memory that it takes, and whether it fits this machine.
 
@@ -53,6 +55,7 @@ def info(
         max_batch_size: size of the KV cache in rows
         dtype: float32, float16 or bfloat16, of weights and KV cache; by default this machine's default
         quantize: int8 or int4: the memory with the weights in 8 or 4 bits
+        json: print one JSON object instead, with sizes in bytes
     """
     require_stdout()
     path = require_path(default_checkpoint() if ckpt_dir is None else ckpt_dir, "ckpt_dir")
@@ -77,21 +80,27 @@ def info(
     try:
         described_tokenizer = describe_tokenizer(find_tokenizer(path, checkpoint, tokenizer_path))
     except CheckpointError as error:  # the rest may still be of use
-        described_tokenizer = {"tokenizer": f"unusable: {error}"}
+        described_tokenizer = describe_tokenizer(None) | {"tokenizer_error": str(error)}
     weights, cache = weight_bytes(args, torch_dtype, nproc, quantize), cache_bytes(args, torch_dtype, nproc)
-    lines = {"checkpoint": str(path), "layout": describe_layout(path)} | describe_model(args, settings.advised_seq_len)
-    lines |= {"parameters": f"{parameter_count(args):,}"} | described_tokenizer
-    lines |= {
-        "": "",
-        "memory": f"{dtype_name(torch_dtype)}{f', quantize={quantize}' if quantize else ''}, "
-        f"max_seq_len={max_seq_len}, max_batch_size={max_batch_size}"
-        + (f", on each of {nproc} processes" if nproc > 1 else ""),
-        "  weights": format_bytes(weights),
-        "  KV cache": format_bytes(cache),
-        "  total": format_bytes(weights + cache),
-        "this machine": describe_machine(device, weights + cache, nproc),
+    description = {
+        "checkpoint": str(path),
+        **describe_layout(path),
+        **describe_model(args, settings.advised_seq_len),
+        **described_tokenizer,
+        "dtype": dtype_name(torch_dtype),
+        "quantize": quantize,
+        "max_seq_len": max_seq_len,
+        "max_batch_size": max_batch_size,
+        "nproc": nproc,
+        "weight_bytes": weights,
+        "cache_bytes": cache,
+        "total_bytes": weights + cache,
+        **describe_machine(device, weights + cache, nproc),
     }
-    for name, value in lines.items():
+    if json:
+        print(to_json(description))
+        return
+    for name, value in to_lines(description).items():
         print(escape_control_characters(f"{name:14}{value}".rstrip()))
 
 
@@ -102,39 +111,45 @@ def check_sizes(settings: Settings) -> None:
             raise CheckpointError(f"{settings.path}: {name}={size} is larger than that of any model")
 
 
-def describe_layout(path: Path) -> str:
-    """Name a checkpoint's layout, with the number of its files of weights, and how a GGUF's weights are quantized."""
-    for file, name, patterns in (
+def describe_layout(path: Path) -> dict[str, Any]:
+    """Describe how a checkpoint is written: its layout, its files of weights, and in a GGUF file its tensors' types.
+
+    Of each type, such as Q4_K, the result has the fraction of the weights.
+    """
+    for file, layout, patterns in (
         ("params.json", "Meta", ("*.pth",)),
         ("config.json", "Hugging Face", ("*.safetensors", "pytorch_model*.bin")),
     ):
         if (path / file).is_file():
             counts = [len(list(path.glob(pattern))) for pattern in patterns]
-            count = next(filter(None, counts), 0)
-            return f"{name}, {count} file{'s' * (count != 1)} of weights" if count else f"{name}, without weights"
+            return {"layout": layout, "weight_files": next(filter(None, counts), 0), "tensor_types": None}
     parts = open_parts(GGUFFile(path if path.is_file() else min(path.glob("*.gguf"))))
-    n_weights = Counter[str]()  # by how they are quantized, such as Q4_K
+    n_weights = Counter[str]()
     for tensor in (tensor for part in parts for tensor in part.tensors.values()):
         n_weights[tensor.kind.name] += math.prod(tensor.shape)
-    kinds = [f"{kind} {count / n_weights.total():.0%}" for kind, count in n_weights.most_common()]
-    described = ", ".join(kind for kind in kinds if not kind.endswith(" 0%"))
-    return f"GGUF, {described}" if len(parts) == 1 else f"GGUF, {len(parts)} files of weights, {described}"
+    fractions = {kind: count / n_weights.total() for kind, count in n_weights.most_common()}
+    return {"layout": "GGUF", "weight_files": len(parts), "tensor_types": fractions}
 
 
-def describe_model(args: ModelArgs, advised_seq_len: int | None) -> dict[str, str]:
-    """Describe a network: its family, sizes and context, by the names of the output's lines."""
+def describe_model(args: ModelArgs, advised_seq_len: int | None) -> dict[str, Any]:
+    """Describe a network: its family, and its sizes by the names of `ModelArgs`."""
     family = {LLAMA2_VOCAB_SIZE: "Llama 2", LLAMA3_VOCAB_SIZE: "Llama 3"}.get(args.vocab_size, "Llama architecture")
     if args.use_scaled_rope and args.vocab_size == LLAMA3_VOCAB_SIZE:
         family = "Llama 3.1 or later"
-    max_seq_len = args.max_position_embeddings or advised_seq_len
-    context = f"{max_seq_len:,} tokens" if max_seq_len else "not specified"
-    scaling = f", scaled by {args.rope_scaling_factor:g}" if args.use_scaled_rope else ""
     return {
         "family": family,
-        "shape": f"dim {args.dim:,}, {args.n_layers} layers, {args.n_heads} heads of {args.head_size} over "
-        f"{args.kv_heads} kv heads, feed-forward width {args.ffn_size:,}, vocab_size {args.vocab_size:,}"
-        + (", tied embeddings" if args.tie_embeddings else ""),
-        "context": f"{context}; rotary base {args.rope_theta:,.0f}{scaling}",
+        "dim": args.dim,
+        "n_layers": args.n_layers,
+        "n_heads": args.n_heads,
+        "head_dim": args.head_size,
+        "n_kv_heads": args.kv_heads,
+        "ffn_dim": args.ffn_size,
+        "vocab_size": args.vocab_size,
+        "tie_embeddings": args.tie_embeddings,
+        "max_position_embeddings": args.max_position_embeddings or advised_seq_len,
+        "rope_theta": args.rope_theta,
+        "rope_scaling_factor": args.rope_scaling_factor if args.use_scaled_rope else None,
+        "parameters": parameter_count(args),
     }
 
 
@@ -155,25 +170,95 @@ def find_tokenizer(path: Path, checkpoint: Checkpoint | None, tokenizer_path: st
         return Tokenizer(files[0]) if files else None
 
 
-def describe_tokenizer(tokenizer: Tokenizer | None) -> dict[str, str]:
-    """Describe a tokenizer and its chat format, by the names of the output's lines."""
+def describe_tokenizer(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Describe a tokenizer, with the ids of its stop tokens, and its chat format. What isn't known is None."""
+    description: dict[str, Any] = dict.fromkeys(
+        ("tokenizer", "tokenizer_error", "n_words", "stop_tokens", "chat_format", "chat_format_error")
+    )
     if tokenizer is None:
-        return {"tokenizer": "not found", "chat format": "unknown without a tokenizer"}
-    kind = "sentencepiece" if tokenizer.vocabulary is None else "byte-level BPE"
+        return description
     try:
         formatter = ChatFormat(tokenizer)
-        chat_format = formatter.description
-        if not isinstance(formatter, TemplateFormat):
-            chat_format += ", as its tokens tell: it comes with no template"
+        from_tokens = "" if isinstance(formatter, TemplateFormat) else ", as its tokens tell: it comes with no template"
+        description["chat_format"] = formatter.description + from_tokens
     except CheckpointError as error:
-        chat_format = f"unusable: {error}"
-    except InputError:
-        chat_format = "none known"
-    stop_tokens = [f"{tokenizer.token_text(token)} ({token})" for token in sorted(tokenizer.stop_tokens)]
+        description["chat_format_error"] = str(error)
+    except InputError:  # the tokens tell none
+        pass
+    return description | {
+        "tokenizer": "sentencepiece" if tokenizer.vocabulary is None else "byte-level BPE",
+        "n_words": tokenizer.n_words,
+        "stop_tokens": {tokenizer.token_text(token): token for token in sorted(tokenizer.stop_tokens)},
+    }
+
+
+def describe_machine(device: torch.device, process_bytes: int, nproc: int) -> dict[str, Any]:
+    """Compare this machine's free memory with what the model takes.
+
+    Args:
+        device: where the model would run.
+        process_bytes: bytes that each process needs.
+        nproc: number of processes.
+
+    Returns:
+        The free bytes of each GPU, or without GPUs of the machine; and whether the model fits. None if that is unknown.
+    """
+    if device.type == "cuda":
+        free = [free_memory(torch.device("cuda", i)) or 0 for i in range(torch.cuda.device_count())]
+        fits = nproc <= len(free) and all(process_bytes <= free_bytes for free_bytes in free[:nproc])
+        return {"device": "cuda", "free_bytes": free, "fits": fits}
+    free_bytes = free_memory(device)
+    if free_bytes is None:
+        return {"device": device.type, "free_bytes": None, "fits": None}
+    return {"device": device.type, "free_bytes": [free_bytes], "fits": process_bytes * nproc <= free_bytes}
+
+
+def to_lines(d: dict[str, Any]) -> dict[str, str]:
+    """Return the lines to print of a description, by what stands in their first column."""
     return {
-        "tokenizer": f"{kind}, {tokenizer.n_words:,} tokens",
-        "stop tokens": ", ".join(stop_tokens),
-        "chat format": chat_format,
+        "checkpoint": d["checkpoint"],
+        "layout": format_layout(d),
+        "family": d["family"],
+        "shape": f"dim {d['dim']:,}, {d['n_layers']} layers, {d['n_heads']} heads of {d['head_dim']} over "
+        f"{d['n_kv_heads']} kv heads, feed-forward width {d['ffn_dim']:,}, vocab_size {d['vocab_size']:,}"
+        + (", tied embeddings" if d["tie_embeddings"] else ""),
+        "context": (f"{d['max_position_embeddings']:,} tokens" if d["max_position_embeddings"] else "not specified")
+        + f"; rotary base {d['rope_theta']:,.0f}"
+        + (f", scaled by {d['rope_scaling_factor']:g}" if d["rope_scaling_factor"] else ""),
+        "parameters": f"{d['parameters']:,}",
+        **format_tokenizer(d),
+        "": "",
+        "memory": d["dtype"]
+        + (f", quantize={d['quantize']}" if d["quantize"] else "")
+        + f", max_seq_len={d['max_seq_len']}, max_batch_size={d['max_batch_size']}"
+        + (f", on each of {d['nproc']} processes" if d["nproc"] > 1 else ""),
+        "  weights": format_bytes(d["weight_bytes"]),
+        "  KV cache": format_bytes(d["cache_bytes"]),
+        "  total": format_bytes(d["total_bytes"]),
+        "this machine": format_machine(d),
+    }
+
+
+def format_layout(d: dict[str, Any]) -> str:
+    count = d["weight_files"]
+    files = f"{count} file{'s' * (count != 1)} of weights" if count else "without weights"
+    if d["tensor_types"] is None:
+        return f"{d['layout']}, {files}"
+    kinds = [f"{kind} {fraction:.0%}" for kind, fraction in d["tensor_types"].items()]
+    parts = [d["layout"], *([files] if count > 1 else []), *(kind for kind in kinds if not kind.endswith(" 0%"))]
+    return ", ".join(parts)
+
+
+def format_tokenizer(d: dict[str, Any]) -> dict[str, str]:
+    if d["tokenizer_error"] is not None:
+        return {"tokenizer": f"unusable: {d['tokenizer_error']}"}
+    if d["tokenizer"] is None:
+        return {"tokenizer": "not found", "chat format": "unknown without a tokenizer"}
+    unknown = "none known" if d["chat_format_error"] is None else f"unusable: {d['chat_format_error']}"
+    return {
+        "tokenizer": f"{d['tokenizer']}, {d['n_words']:,} tokens",
+        "stop tokens": ", ".join(f"{text} ({token})" for text, token in d["stop_tokens"].items()),
+        "chat format": d["chat_format"] or unknown,
     }
 
 
@@ -181,22 +266,10 @@ def format_bytes(count: int) -> str:
     return f"{count:>17,} bytes ({count / 1e9:.2f} GB)"
 
 
-def describe_machine(device: torch.device, process_bytes: int, nproc: int) -> str:
-    """Compare this machine's free memory with what the model takes.
-
-    Args:
-        device: where the model would run.
-        process_bytes: bytes that each process needs.
-        nproc: number of processes.
-    """
-    if device.type == "cuda":
-        free_bytes = [free_memory(torch.device("cuda", i)) or 0 for i in range(torch.cuda.device_count())]
-        fits = nproc <= len(free_bytes) and all(process_bytes <= free for free in free_bytes[:nproc])
-        listed = ", ".join(f"{free / 1e9:.2f}" for free in free_bytes)
-        return f"{listed} GB free on its GPUs: " + ("it fits" if fits else "it does not fit")
-    free = free_memory(device)
-    if free is None:
+def format_machine(d: dict[str, Any]) -> str:
+    if d["free_bytes"] is None:
         return "its free memory is unknown"
-    needed = process_bytes * nproc
-    verdict = "it fits" if needed <= free else f"it does not fit: {needed / 1e9:.2f} GB are needed"
-    return f"{free / 1e9:.2f} GB free, no GPU: {verdict}"
+    free = ", ".join(f"{free_bytes / 1e9:.2f}" for free_bytes in d["free_bytes"])
+    where = f"{free} GB free on its GPUs" if d["device"] == "cuda" else f"{free} GB free, no GPU"
+    needed = f": {d['nproc'] * d['total_bytes'] / 1e9:.2f} GB are needed" if d["device"] != "cuda" else ""
+    return f"{where}: it fits" if d["fits"] else f"{where}: it does not fit{needed}"
