@@ -123,8 +123,10 @@ def checked_transformer(llama: Llama) -> Transformer:
 def check_same_rows(rows: Sequence[Sequence[int]], error: InputError | None = None) -> None:
     """Raise `error`, or InputError unless all processes that share a model are here with the same rows of token ids."""
     if model_parallel_size() > 1:
-        digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:8]
-        described = f"{len(rows)} rows of {sum(map(len, rows))} tokens with the checksum {digest}"
+        checksum = hashlib.sha256()
+        for row in rows:
+            checksum.update(repr(row).encode())
+        described = f"{len(rows)} rows of {sum(map(len, rows))} tokens with the checksum {checksum.hexdigest()[:8]}"
         check_ranks_agree({"the input": described}, error)
     elif error is not None:
         raise error
