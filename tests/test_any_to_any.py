@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import Ranks, load, tiny_model, torchrun, write_llama3_tokenizer, write_meta_checkpoint
+from conftest import Ranks, load, tiny_model, write_llama3_tokenizer, write_meta_checkpoint
+from forked import fork_python
 
 from llama import Transformer
 
@@ -17,6 +18,11 @@ TOKENS = torch.randint(528, (2, 24), generator=torch.Generator().manual_seed(1))
 
 def model_of(n_kv_heads: int) -> Transformer:
     return tiny_model(dim=192, n_heads=24, n_kv_heads=n_kv_heads, vocab_size=528, multiple_of=48)
+
+
+def size_and_logits(model: Transformer) -> tuple[int, torch.Tensor]:
+    """The number of parameters that this rank holds, and the logits."""
+    return sum(weight.numel() for weight in model.parameters()), model(TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,7 @@ FAST_PAIRS = [(8, 1), (6, 3)]
 def test_every_number_of_files_on_every_number_of_processes(tmp_path, monkeypatch, tokenizer_path, n_kv_heads, n_files):
     model = model_of(n_kv_heads)
     with torch.no_grad():
-        expected = model(TOKENS)
+        whole, expected = size_and_logits(model)
     write_meta_checkpoint(tmp_path, model, tokenizer_path, n_files, columns=n_files % 2 == 0)
     for size in COUNTS:
         with monkeypatch.context() as patch:
@@ -44,10 +50,9 @@ def test_every_number_of_files_on_every_number_of_processes(tmp_path, monkeypatc
                 with pytest.raises(ValueError, match=f"can't be split over {size} processes, only over one of"):
                     ranks.run(lambda: load(tmp_path))
                 continue
-            counts = ranks.run(lambda: sum(weight.numel() for weight in load(tmp_path).parameters()))
-            for logits in ranks.run(lambda: load(tmp_path)(TOKENS)):
+            for count, logits in ranks.run(lambda: size_and_logits(load(tmp_path))):
                 assert torch.allclose(logits, expected, atol=1e-4), size
-            assert counts[0] < 1.4 * sum(weight.numel() for weight in model.parameters()) / size
+                assert count < 1.4 * whole / size
 
 
 @pytest.mark.parametrize("n_kv_heads", [2, 1])
@@ -103,7 +108,7 @@ def folders(tmp_path_factory, tokenizer_path):
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_in_real_processes(folders, tmp_path, n):
     (tmp_path / "script.py").write_text(SCRIPT)
-    run = torchrun(n, tmp_path / "script.py", folders, tmp_path / "errors")
+    run = fork_python(tmp_path / "script.py", folders, tmp_path / "errors", ranks=n)
     assert run.returncode == 0, run.stderr
     for rank in range(n):
         errors = json.loads((tmp_path / f"errors.{rank}").read_text())

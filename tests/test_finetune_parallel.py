@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, load, tiny_model, torchrun, write_llama3_tokenizer, write_meta_checkpoint
+from conftest import ROOT, load, tiny_model, write_llama3_tokenizer, write_meta_checkpoint
+from forked import fork_python
 from train_everything import train_everything
 
 from llama import Tokenizer
@@ -57,7 +58,8 @@ def test_the_same_as_one_process(one_process, tmp_path, run):
     n, model_parallel_size, batch_size, tie_embeddings = RUNS[run]
     expected = one_process(tie_embeddings)
     script = ROOT / "tests" / "train_everything.py"
-    finished = torchrun(n, script, expected.ckpt_dir, expected.data, tmp_path, model_parallel_size, batch_size)
+    arguments = (expected.ckpt_dir, expected.data, tmp_path, model_parallel_size, batch_size)
+    finished = fork_python(script, *arguments, ranks=n)
     assert finished.returncode == 0, finished.stderr
     model, gradients = expected.model, expected.results["gradients"]
     shapes = parameter_shapes(model.params)

@@ -14,11 +14,11 @@ from conftest import (
     strong,
     tiny_args,
     tiny_model,
-    torchrun,
     write_gguf,
     write_llama3_tokenizer,
     write_meta_checkpoint,
 )
+from forked import fork_python
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -529,9 +529,9 @@ def test_real_ranks_generate_the_same_tokens(tmp_path, size):
     tied = size == 2
     checkpoints = write_checkpoints(tmp_path, tied)
     (tmp_path / "generate.py").write_text(GENERATE)
-    one = run_python(tmp_path / "generate.py", checkpoints["meta"], tmp_path / "one.")
+    one = fork_python(tmp_path / "generate.py", checkpoints["meta"], tmp_path / "one.")
     assert one.returncode == 0, one.stderr
-    several = torchrun(size, tmp_path / "generate.py", checkpoints["hf"], tmp_path / "several.")
+    several = fork_python(tmp_path / "generate.py", checkpoints["hf"], tmp_path / "several.", ranks=size)
     assert several.returncode == 0, several.stderr
     results = {(tmp_path / f"several.{rank}").read_text() for rank in range(size)}
     assert results == {(tmp_path / "one.0").read_text()}

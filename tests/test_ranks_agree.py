@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import torchrun
+from forked import fork_python
 
 SCRIPT = """
 import json, os, sys, torch
@@ -90,7 +90,7 @@ def test_all_ranks_end_with_the_reason(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     begin = time.monotonic()
-    process = torchrun(2, script, Path(__file__).parent, tmp_path / "rank")
+    process = fork_python(script, Path(__file__).parent, tmp_path / "rank", ranks=2)
     assert process.returncode == 0, process.stderr
     assert time.monotonic() - begin < 100  # none waited for a timeout
     ranks = [dict(json.loads((tmp_path / f"rank{rank}").read_text())) for rank in range(2)]

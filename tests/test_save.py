@@ -20,13 +20,13 @@ from conftest import (
     same_weights,
     tiny_args,
     tiny_model,
-    torchrun,
     write_gguf,
     write_llama2_tokenizer,
     write_llama3_tokenizer,
     write_meta_checkpoint,
     write_tokenizer_json,
 )
+from forked import fork_python
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -270,7 +270,7 @@ for layout in ("meta", "hf"):
 @pytest.mark.parametrize("n", [2, 4])
 def test_saved_by_real_processes(tmp_path, tiny_checkpoint, n):
     (tmp_path / "save.py").write_text(SAVE)
-    run = torchrun(n, tmp_path / "save.py", tiny_checkpoint, tmp_path / "saved")
+    run = fork_python(tmp_path / "save.py", tiny_checkpoint, tmp_path / "saved", ranks=n)
     assert run.returncode == 0, run.stderr
     for layout in ("meta", "hf"):
         assert same_weights(load(tmp_path / f"saved-{layout}"), load(tiny_checkpoint))
@@ -324,7 +324,7 @@ assert ranks == 2
 @pytest.mark.slow
 def test_an_error_on_one_rank_is_raised_on_all(tmp_path, tiny_checkpoint):
     (tmp_path / "failed.py").write_text(FAILED)
-    run = torchrun(2, tmp_path / "failed.py", tiny_checkpoint, tmp_path / "saved", timeout=120)
+    run = fork_python(tmp_path / "failed.py", tiny_checkpoint, tmp_path / "saved", ranks=2)
     assert run.returncode == 0, run.stderr
     for rank in range(2):
         for name in ("MemoryError", "IndexError", "InputError", "ZeroDivisionError"):
