@@ -9,8 +9,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from chat_templates import STYLES, write_folder
-from conftest import ROOT, load, same_weights, strong, tiny_model
+from conftest import load, same_weights, strong, tiny_model
+from forked import ForkedProgram, fork_python
 from run_command import Runner, example
 from test_finetune_parallel import write_pairs
 
@@ -134,48 +133,23 @@ def test_the_chat_template_goes_along(tmp_path, data, caplog):
         finetune(data, tmp_path / "other", tmp_path / "model", **OPTIONS, chat_format="zephyr")
 
 
-def start(processes, arguments, **options):
-    """Start Python in several processes with the environment that torchrun gives them."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | (world | {"RANK": str(rank)} if processes > 1 else {}),
-            text=True,
-            **options,
-        )
-        for rank in range(processes)
-    ]
+def wait_for_step(step, program, metrics_path):
+    """Wait until a run has made so many steps."""
+    while not metrics_path.exists() or metrics_path.read_bytes().count(b'"loss"') < step:
+        assert all(process.is_alive() for process in program.processes)
+        time.sleep(0.002)
 
 
-def kill_at(step, processes, arguments, metrics_path):
-    """Start a run, and kill all its processes as soon as it has made so many steps."""
-    running = start(processes, arguments, stderr=subprocess.DEVNULL)
-    try:
-        while not metrics_path.exists() or metrics_path.read_bytes().count(b'"loss"') < step:
-            assert all(process.poll() is None for process in running)
-            time.sleep(0.002)
-    finally:
-        for process in running:
-            process.kill()  # as kill -9 does
-            process.wait()
-
-
-def run_to_the_end(processes, arguments) -> str:
+def run_to_the_end(arguments, ranks) -> str:
     """Start a run, and wait until it has finished; return its standard error."""
-    running = start(processes, arguments, stderr=subprocess.PIPE)
-    errors = [process.communicate(timeout=100)[1] for process in running]
-    assert all(process.returncode == 0 for process in running), errors
-    return "".join(errors)
+    finished = fork_python(*arguments, ranks=ranks)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "n_kills"), [(1, 2), (2, 1)])
-def test_killed_at_random_steps_a_run_resumes_to_the_same_losses(tiny_checkpoint, tmp_path, data, processes, n_kills):
+@pytest.mark.parametrize(("ranks", "n_kills"), [(None, 2), (2, 1)])
+def test_killed_at_random_steps_a_run_resumes_to_the_same_losses(tiny_checkpoint, tmp_path, data, ranks, n_kills):
     """They are the same to the last bit."""
     out, whole, unfinished = tmp_path / "out", tmp_path / "whole", tmp_path / "out.training"
 
@@ -187,16 +161,17 @@ def test_killed_at_random_steps_a_run_resumes_to_the_same_losses(tiny_checkpoint
     steps = sorted(random.sample(range(1, 37), n_kills))  # of 40
     print(f"killed at {steps}")  # shown if the test fails
     for step in steps:
-        kill_at(step, processes, command(out), unfinished / "metrics.jsonl")
+        with ForkedProgram(*command(out), ranks=ranks) as program:
+            wait_for_step(step, program, unfinished / "metrics.jsonl")
         assert unfinished.exists()
         assert not out.exists()
         assert not list(unfinished.glob("*.pth"))
-    log = run_to_the_end(processes, command(out))
+    log = run_to_the_end(command(out), ranks)
     if steps[-1] > 8:
         resumed = int(re.search(r"resuming after step (\d+)", log)[1])
         assert resumed % 7 == 0 or resumed % 5 == 0  # after an epoch, too
         assert steps[-1] - 8 <= resumed <= 40
-    run_to_the_end(processes, command(whole))
+    run_to_the_end(command(whole), ranks)
     assert len(losses(out)) == 40 + 9
     assert losses(out) == losses(whole)
     assert same_weights(load(out), load(whole))
@@ -451,15 +426,15 @@ def test_a_disk_that_has_no_space_even_for_the_metrics_is_named(tmp_path):
     assert error.value.filename == str(tmp_path / "out.training")
 
 
-def press_ctrl_c(monkeypatch, at, times):
-    """Send the signal of Ctrl-C within a step, so often."""
+def send_signal(monkeypatch, number, at, times):
+    """Send this process a signal within a step, so often."""
     step, calls = training.train_step, []
 
     def train_step(*arguments):
         calls.append(1)
         if len(calls) == at:
             for _ in range(times):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
         return step(*arguments)
 
     monkeypatch.setattr(training, "train_step", train_step)
@@ -474,7 +449,7 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(
     out = tmp_path / "out of luck"
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patched:
-        press_ctrl_c(patched, 7, times)
+        send_signal(patched, signal.SIGINT, 7, times)
         with pytest.raises(KeyboardInterrupt):
             finetune(data, out, tiny_checkpoint, **OPTIONS)
     assert signal.getsignal(signal.SIGINT) is handler
@@ -490,18 +465,34 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(
     assert os.listdir(tmp_path) == ["out of luck"]
 
 
+def test_a_scheduler_s_signal_saves_the_step_and_ends_the_program(
+    tiny_checkpoint, tmp_path, uninterrupted, monkeypatch, caplog, runner
+):
+    data, expected = uninterrupted
+    arguments = ["--data", data, "--out_dir", tmp_path / "out", "--ckpt_dir", tiny_checkpoint]
+    arguments += [word for name, value in OPTIONS.items() for word in (f"--{name}", value)]
+    with monkeypatch.context() as patched:
+        send_signal(patched, signal.SIGTERM, 7, 1)
+        assert runner.llama("finetune", *arguments).returncode == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert "SIGTERM: this step is finished and its state saved; another SIGTERM stops at once" in caplog.text
+    assert "it goes on after 7 steps with:\n  llama finetune --data" in caplog.text
+    assert runner.llama("finetune", *arguments).returncode == 0
+    assert losses(tmp_path / "out") == losses(expected)
+
+
 def test_ctrl_c_in_a_thread_or_with_a_handler_of_the_program_s_own():
     """Both are left alone."""
     monitor = Interruption()
     with ThreadPoolExecutor(1) as pool:
-        assert not pool.submit(lambda: monitor.__enter__().is_requested(torch.device("cpu"))).result()
+        assert pool.submit(lambda: monitor.__enter__().requested(torch.device("cpu"))).result() is None
     heard = []
     before = signal.signal(signal.SIGINT, lambda *arguments: heard.append(1))
     try:
         with Interruption() as interruption:
             signal.raise_signal(signal.SIGINT)
         assert heard == [1]
-        assert not interruption.is_requested(torch.device("cpu"))
+        assert interruption.requested(torch.device("cpu")) is None
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -524,19 +515,19 @@ def test_the_command_that_resumes_a_run(monkeypatch):
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_one_of_several_processes_is_heard_by_all(tiny_checkpoint, tmp_path, data):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_one_of_several_processes_is_heard_by_all(tiny_checkpoint, tmp_path, data, number, code):
     out = tmp_path / "out"
     options = ["--epochs", "500", "--dtype", "float32", "--max_seq_len", "96", "--save_every", "10000"]
     paths = ["--data", data, "--out_dir", out, "--ckpt_dir", tiny_checkpoint]
-    running = start(2, ["-m", "llama.finetune", *paths, *options, "--train", "norms"], stderr=subprocess.PIPE)
-    metrics_path = tmp_path / "out.training" / "metrics.jsonl"
-    while not metrics_path.exists() or metrics_path.read_bytes().count(b'"loss"') < 3:
-        assert all(process.poll() is None for process in running)
-        time.sleep(0.01)
-    running[1].send_signal(signal.SIGINT)
-    errors = [process.communicate(timeout=60)[1] for process in running]
-    assert [process.returncode for process in running] == [130, 130], errors
-    step = int(re.search(r"it goes on after (\d+) steps with:\n  torchrun --nproc_per_node 2 -m llama", errors[0])[1])
+    with ForkedProgram("-m", "llama.finetune", *paths, *options, "--train", "norms", ranks=2) as program:
+        wait_for_step(3, program, tmp_path / "out.training" / "metrics.jsonl")
+        os.kill(program.processes[1].pid, number)
+        for process in program.processes:
+            process.join(60)
+        log = program.finish().stderr
+    assert [process.exitcode for process in program.processes] == [code, code], log
+    step = int(re.search(r"it goes on after (\d+) steps with:\n  torchrun --nproc_per_node 2 -m llama", log)[1])
     assert read_metrics(tmp_path / "out.training")[-1]["step"] == step
     parts = sorted(path.name for path in (tmp_path / "out.training" / f"step-{step:06}").iterdir())
     assert parts == ["part-00.pt", "part-01.pt"]

@@ -54,8 +54,8 @@ def finetune(
 
     The data is a file of JSON Lines: {"prompt": "...", "completion": "..."}, or {"messages": [{"role": "user",
     "content": "..."}, {"role": "assistant", "content": "..."}]}, or the shapes of Alpaca's and ShareGPT's data. Only
-    the assistant's answers count in the loss. Ctrl-C saves the state. To resume an interrupted run, give the same
-    command again.
+    the assistant's answers count in the loss. Ctrl-C and SIGTERM save the state. To resume an interrupted run, give the
+    same command again.
 
     Args:
         data: the file of examples, or a folder with one .jsonl file
@@ -153,7 +153,7 @@ def finetune(
                 model = load_model(checkpoint, args, device=device, dtype=torch_dtype)
                 train_model(model, training, validation, params, folder)
             folder.finish(model, tokenizer)
-        except (KeyboardInterrupt, OSError):
+        except (KeyboardInterrupt, SystemExit, OSError):
             done = f"after {folder.saved_step} steps" if folder.saved_step else "from the beginning"
             logger.warning("the run has not ended; it goes on %s with:\n  %s", done, resume_command(options))
             raise

@@ -1,9 +1,10 @@
-"""Ctrl-C while a model is trained."""
+"""Ctrl-C, or the signal by which schedulers end a program, while a model is trained."""
 
 import logging
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -16,41 +17,52 @@ from llama.distributed import (
 
 logger = logging.getLogger("llama")
 
+DEFAULT_HANDLERS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
 
 class Interruption:
-    """While the block runs, the first Ctrl-C is only remembered, so that the step at work can be finished and saved.
+    """While the block runs, the first Ctrl-C or SIGTERM is only remembered, so that the step at work is saved first.
 
-    The second one raises KeyboardInterrupt at once. Outside the main thread, and in programs that handle Ctrl-C in a
-    way of their own, this does nothing.
+    The second one ends the program at once. Outside the main thread, and for a signal that the program handles in a way
+    of its own, this does nothing.
     """
 
     def __init__(self) -> None:
-        self._requested = False
-        self._handles = False
+        self._received: set[int] = set()
+        self._handled: list[int] = []
 
     def __enter__(self) -> "Interruption":
-        is_main_thread = threading.current_thread() is threading.main_thread()
-        self._handles = is_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if self._handles:
-            signal.signal(signal.SIGINT, self._remember)
+        if threading.current_thread() is threading.main_thread():
+            self._handled = [n for n, default in DEFAULT_HANDLERS.items() if signal.getsignal(n) is default]
+        for number in self._handled:
+            signal.signal(number, self._remember)
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._handles:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._restore_handlers()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        logger.warning("Ctrl-C: this step is finished and its state saved; another Ctrl-C stops at once")
+        self._received.add(number)
+        self._restore_handlers()
+        name = NAMES[number]
+        logger.warning("%s: this step is finished and its state saved; another %s stops at once", name, name)
 
-    def is_requested(self, device: torch.device) -> bool:
-        """Whether there was a Ctrl-C in any process; all must call this.
+    def _restore_handlers(self) -> None:
+        for number in self._handled:
+            signal.signal(number, DEFAULT_HANDLERS[number])
+
+    def requested(self, device: torch.device) -> BaseException | None:
+        """What to raise if any process got one of the signals; None if none did. All must call this.
 
         Args:
             device: the model's.
         """
-        if model_parallel_size() * data_parallel_size() == 1:  # on a GPU, asking would wait for it
-            return self._requested
-        count = torch.tensor(float(self._requested), device=device)
-        return bool(sum_over_data_parallel(sum_over_model_parallel(count)).item() > 0)
+        received = [number in self._received for number in (signal.SIGINT, signal.SIGTERM)]
+        if model_parallel_size() * data_parallel_size() > 1:  # one process doesn't wait for its GPU here
+            counts = torch.tensor(received, dtype=torch.float32, device=device)
+            received = (sum_over_data_parallel(sum_over_model_parallel(counts)) > 0).tolist()
+        was_interrupted, was_terminated = received
+        if was_terminated:
+            return SystemExit(128 + signal.SIGTERM)  # the exit code that a shell shows for a program that it ends
+        return KeyboardInterrupt() if was_interrupted else None

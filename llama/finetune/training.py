@@ -46,7 +46,8 @@ def train(
         InputError: the model is quantized.
         ArithmeticError: the loss or the gradient is NaN or infinity.
         OSError: the disk has not enough space for the states and the checkpoint, which is told before the first step.
-        KeyboardInterrupt: there was a Ctrl-C; the state of the step that was at work then is saved.
+        KeyboardInterrupt, SystemExit: there was a Ctrl-C, or a SIGTERM; the state of the step that was at work then is
+            saved.
     """
     select_trainable(model, params)
     if params.activation_checkpointing:
@@ -98,11 +99,11 @@ def train(
             )
             if step_of_epoch + 1 == steps_per_epoch:
                 logger.info("epoch %d of %d: loss %.3f", epoch + 1, params.epochs, loss)
-            is_interrupted = interruption.is_requested(device)
-            if is_interrupted or step_of_epoch + 1 == steps_per_epoch or (step + 1) % params.save_every == 0:
+            interrupted = interruption.requested(device)
+            if interrupted is not None or step_of_epoch + 1 == steps_per_epoch or (step + 1) % params.save_every == 0:
                 folder.save_state(step + 1, optimizer.state(), optimizer.state_bytes())
-            if is_interrupted:
-                raise KeyboardInterrupt
+            if interrupted is not None:
+                raise interrupted
     merge_lora(model)
     log_validation_loss(model, validation, params, folder, steps)
 
