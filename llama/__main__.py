@@ -32,6 +32,11 @@ COMMANDS = {
         "finetune",
         "Fine-tune a model on examples of prompts and answers, and write the result as a checkpoint.",
     ),
+    "completion": LazyCommand(
+        "llama.cli.completion",
+        "completion",
+        "Print a script for bash or zsh that completes commands, options and file names.",
+    ),
 }
 BENCH = LazyCommand(
     "compare",

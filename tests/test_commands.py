@@ -25,7 +25,7 @@ from llama.device import dtype_name
 from llama.memory import footprint
 from llama.quantized import QUANTIZATIONS
 
-COMMANDS = ("chat", "complete", "inspect", "info", "convert", "finetune", "bench")
+COMMANDS = ("chat", "complete", "inspect", "info", "convert", "finetune", "completion", "bench")
 GREEDY = ["--temperature", "0", "--max_gen_len", "9", "--dtype", "float32"]
 
 
@@ -51,7 +51,7 @@ def test_help_lists_every_command(runner):
     result = runner.llama()
     assert (result.returncode, result.stderr) == (0, "")
     for name in COMMANDS:
-        assert re.search(rf"^    {name} +[A-Z]", result.stdout, re.MULTILINE)
+        assert re.search(rf"^    {name}\s+[A-Z]", result.stdout, re.MULTILINE)
     assert runner.llama("--help") == result
 
 
@@ -61,7 +61,7 @@ def test_help_of_a_command(runner, name):
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith(f"usage: llama {name} ")
     options = re.findall(r"^  (-\w(?: [A-Z_]+)?, )?--(\w+)", result.stdout, re.MULTILINE)
-    assert len(options) >= 4
+    assert len(options) >= (2 if name == "completion" else 4)
     assert "_ " not in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
     for args in (["-h"], ["--ckpt_dir", "x", "-h"], ["--unknown", "-h"], ["x", "y", "z", "--help"]):
@@ -123,6 +123,7 @@ def test_it_is_installed_as_llama():
         (["convert", "/nowhere"], 2, "error: llama convert: --to is missing; see --help"),
         (["convert", "/nowhere", "/x"], 1, "error: ckpt_dir='/nowhere' does not exist"),
         (["convert", "/nowhere", "/x", "--dtype", "int3"], 1, "error: dtype='int3' must be one of"),
+        (["completion", "fish"], 1, "error: shell='fish' must be one of ['bash', 'zsh']"),
         (["bench", "--models", "2b"], 1, "error: models=2b must be some of smollm2,1b"),
         (["bench", "--rounds", "0"], 1, "error: rounds=0 must be a whole number of at least 1"),
         (["bench", "--peers", "transformers"], 1, "error: peers=transformers must begin with ours"),
@@ -568,6 +569,32 @@ def test_info_on_published_models(model, capsys):  # noqa: F811
         assert printed["layout"] == described
         assert printed["family"] == next(family for start, family in FAMILIES.items() if name.startswith(start))
         assert printed["tokenizer"] == "not found"
+
+
+COMPLETED = r"""
+for line in "$@"; do
+    COMP_WORDS=($line) COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+    $(complete -p llama | sed 's/.*-F \([^ ]*\) .*/\1/')
+    echo "${COMPREPLY[@]}"
+done
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="runs bash")
+def test_completion_in_bash(runner):
+    script = runner.llama("completion", "bash").stdout
+    typed = ["llama in", "llama info --max", "llama complete --js", "llama complete text", "llama convert x --layout h"]
+    typed += ["llama unknown -", *(f"llama {name} -" for name in COMMANDS[:-1])]
+    result = subprocess.run(["bash", "-c", script + COMPLETED, "bash", *typed], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = iter(result.stdout.split("\n"))
+    assert [next(lines) for _ in range(6)] == ["inspect info", "--max_seq_len --max_batch_size", "--json", "", "", ""]
+    for name in COMMANDS[:-1]:
+        shown = re.findall(r"^  (?:-\w(?: [A-Z_]+)?, )?(--\w+)", runner.llama(name, "--help").stdout, re.MULTILINE)
+        assert sorted(next(lines).split()) == sorted(shown)
+    zsh = runner.llama("completion", "zsh").stdout
+    assert zsh.endswith(script)
+    assert "bashcompinit" in zsh
 
 
 @pytest.mark.slow
