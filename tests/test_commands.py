@@ -192,13 +192,25 @@ def test_complete_as_json(runner, tiny_checkpoint):
     for args, stdin, prompt in ((["1984"], "", "1984"), ([], " the user\nin\n\n", " the user\nin\n")):
         options = ["--ckpt_dir", tiny_checkpoint, *GREEDY]
         printed = json.loads(runner.llama("complete", *args, "--json", *options, stdin=stdin).stdout)
-        (expected,) = llama.text_completion([prompt], 0, max_gen_len=9, logprobs=True)
+        (expected,) = llama.text_completion([prompt], 0, max_gen_len=9, logprobs=True, details=True)
         assert printed.pop("prompt") == prompt
         assert printed["logprobs"] == pytest.approx(expected["logprobs"], abs=1e-5)
         assert printed | {"logprobs": None} == expected | {"logprobs": None}
-        assert len(printed["logprobs"]) == 9
+        assert len(printed["logprobs"]) == printed["completion_tokens"] == 9
         plain = runner.llama("complete", *args, *options, stdin=stdin)
         assert plain.stdout == expected["generation"] + "\n"
+
+
+def test_the_likeliest_tokens_in_json(runner, tiny_checkpoint):
+    options = ["--ckpt_dir", tiny_checkpoint, *GREEDY, "--top_logprobs"]
+    printed = json.loads(runner.llama("complete", "the user", "--json", *options, 3).stdout)
+    for token, logprob, (first, *others) in zip(*map(printed.get, ("tokens", "logprobs", "top_logprobs")), strict=True):
+        assert (first["token"], first["logprob"]) == (token, pytest.approx(logprob, abs=1e-5))
+        assert len(others) == 2
+    result = runner.llama("complete", "the user", *options, 3)
+    assert (result.returncode, result.stderr) == (1, "error: top_logprobs=3 are printed as JSON only: add --json\n")
+    result = runner.llama("complete", "the user", "--json", *options, -1)
+    assert result.stderr == "error: top_logprobs=-1 must be a whole number of at least 0\n"
 
 
 def test_several_stop_strings(runner, tiny_checkpoint):

@@ -2,6 +2,7 @@
 
 from llama.cli.build import build_llama
 from llama.cli.terminal import print_piece, require_stdout, status_line, text_or_stdin, to_json
+from llama.errors import InputError
 from llama.sampling_options import SamplingOptions
 from llama.sampling_params import SamplingParams
 
@@ -22,6 +23,7 @@ def complete(
     quantize: str | None = None,
     compile: bool = False,
     json: bool = False,
+    top_logprobs: int = 0,
 ) -> None:
     """Continue a text, printing the continuation while it is generated.
 
@@ -46,18 +48,24 @@ def complete(
             loses some precision
         compile: compile the decoding step, so that it takes less time; compiling takes some 10 to 30 s, and only the
             first time, since its result is kept on disk
-        json: print one JSON object instead, with the keys prompt, generation, tokens and logprobs
+        json: print one JSON object instead, with the keys prompt, generation, tokens, logprobs, finish_reason (stop or
+            length), prompt_tokens and completion_tokens
+        top_logprobs: with json, also tell this many of the likeliest tokens in each token's place, under this key
     """
     # Checks everything before the model is loaded, which may take minutes.
     require_stdout()
-    options: SamplingOptions = {"top_k": top_k, "stop": stop}
-    SamplingParams(max_gen_len, temperature, top_p, top_k=top_k, stop=stop, seed=seed)
+    options: SamplingOptions = {"top_k": top_k, "stop": stop, "top_logprobs": top_logprobs}
+    SamplingParams(max_gen_len, temperature, top_p, True, top_k=top_k, stop=stop, top_logprobs=top_logprobs, seed=seed)
+    if top_logprobs and not json:
+        raise InputError(f"top_logprobs={top_logprobs} are printed as JSON only: add --json")
     prompt = text_or_stdin(text)
     llama = build_llama(
         ckpt_dir, tokenizer_path, max_seq_len, dtype, seed, quantize=quantize, compile=compile, prompt=prompt
     )
     if json:
-        (prediction,) = llama.text_completion([prompt], temperature, top_p, max_gen_len, logprobs=True, **options)
+        (prediction,) = llama.text_completion(
+            [prompt], temperature, top_p, max_gen_len, logprobs=True, details=True, **options
+        )
         print(to_json({"prompt": prompt, **prediction}))
         return
     n_tokens = len(llama.tokenizer.encode(prompt, bos=getattr(llama.tokenizer, "add_bos", True), eos=False))
