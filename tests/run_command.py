@@ -5,6 +5,7 @@ import importlib.util
 import io
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,6 +40,13 @@ class TerminalOutput(io.StringIO):
 
     def isatty(self) -> bool:
         return True
+
+    def wait_for(self, text: str) -> None:
+        """Wait until another thread has written a text."""
+        deadline = time.monotonic() + 20
+        while text not in self.getvalue():
+            assert time.monotonic() < deadline, f"only {self.getvalue()!r} was written"
+            time.sleep(0.01)
 
 
 def example(name: str) -> Callable[..., None]:

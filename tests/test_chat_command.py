@@ -391,7 +391,7 @@ def test_what_a_terminal_shows_while_a_long_prompt_is_prefilled(monkeypatch, end
     monkeypatch.setattr("llama.cli.terminal.STATUS_DELAY", 0.1)
 
     def stream(*arguments, **options):
-        time.sleep(0.3)
+        terminal.wait_for("...")
         terminal.write("|")  # the end of prefilling
         if ending == "error":
             raise InputError("it is too long")

@@ -186,7 +186,7 @@ def test_log_messages_do_not_collide_with_a_status_line(monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr("llama.cli.terminal.STATUS_DELAY", 0.05)
     with status_line("waiting"):
-        time.sleep(0.2)
+        terminal.wait_for("waiting")
         LogHandler().handle(logging.LogRecord("llama", logging.INFO, "", 0, "message", (), None))
         assert displayed(terminal.getvalue()) == ["message", "waiting"]
     assert displayed(terminal.getvalue()) == ["message", ""]
