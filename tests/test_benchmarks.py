@@ -90,6 +90,19 @@ def test_measures_ours_from_end_to_end(compare, tmp_path, monkeypatch):
         save_checkpoint(folder / "meta", tiny_model().to(dtype))
         return {"weights": 1, "cache": 1, "matrix numbers": 1}
 
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    class SmallWorker(compare.Worker):
+        """All caches are of one size, so that the second process finds what the first one has compiled."""
+
+        def __init__(self, contestant, folder, dtype, threads, max_batch_size, max_seq_len):
+            super().__init__(contestant, folder, dtype, threads, 8, 192)
+
+    monkeypatch.setattr(compare, "Worker", SmallWorker)
+    # Shared with the other tests: what the compiler finds out about the processor, and its precompiled headers.
+    Path(default_cache_dir()).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "inductor").symlink_to(default_cache_dir())
     monkeypatch.setattr(compare, "write_weights", write_tiny_weights)
     monkeypatch.setattr(compare, "CASES", {case: compare.CASES[case] for case in ("decode, batch 8, context 128",)})
     contestants = {

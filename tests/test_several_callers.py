@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, ScriptedModel, ScriptedTokenizer, tiny_model, torchrun
+from conftest import ROOT, ScriptedModel, ScriptedTokenizer, tiny_model
+from forked import fork_python
 
 from llama import Llama
 from llama.model_lock import ModelLock, lock_of
@@ -412,29 +413,29 @@ ON_RANKS = """
 import os, sys, time, torch
 from llama import Llama
 llama = Llama.build(sys.argv[1], None, 96, 2, device="cpu", dtype=torch.float32)
-rank, want = int(os.environ["RANK"]), llama.generate([[5, 6], [7]], 20, 1.0, 1.0, seed=1)
-for _ in range(5):  # left after two pieces: by all ranks, or by one and consumed by the others
+rank, want = int(os.environ["RANK"]), llama.generate([[5, 6], [7]], 8, 1.0, 1.0, seed=1)
+for _ in range(3):  # left after two pieces: by all ranks, or by one and consumed by the others
     for leaves in (True, rank == 0, rank == 1):
-        stream = llama.generate_stream([[5, 6]], 60, 1.0, 1.0, seed=2)
+        stream = llama.generate_stream([[5, 6]], 30, 1.0, 1.0, seed=2)
         pieces = [next(stream), next(stream)]
         if not leaves:
             pieces += stream
         stream.close()
-        assert llama.generate([[5, 6], [7]], 20, 1.0, 1.0, seed=1) == want
+        assert llama.generate([[5, 6], [7]], 8, 1.0, 1.0, seed=1) == want
 other = Llama.build(sys.argv[1], None, 96, 2, device="cpu", dtype=torch.float32)
-for _ in range(3):  # a stream of one model while another is used, and a consumer that is slow on one rank
-    stream = llama.generate_stream([[5, 6]], 60, 1.0, 1.0, seed=2)
+for _ in range(2):  # a stream of one model while another is used, and a consumer that is slow on one rank
+    stream = llama.generate_stream([[5, 6]], 30, 1.0, 1.0, seed=2)
     next(stream)
-    assert other.generate([[5, 6], [7]], 20, 1.0, 1.0, seed=1) == want
+    assert other.generate([[5, 6], [7]], 8, 1.0, 1.0, seed=1) == want
     for piece in stream:
-        time.sleep(1.5 * (rank == 0))
+        time.sleep(0.5 * (rank == 0))
         break
     stream.close()
     with torch.no_grad():
         llama.model.forward(torch.tensor([[5, 6]]), 0)
-one, two = llama.generate_stream([[5]], 30, 0), llama.generate_stream([[8, 9]], 30, 0)
+one, two = llama.generate_stream([[5]], 12, 0), llama.generate_stream([[8, 9]], 12, 0)
 pairs = list(zip(one, two))
-assert len(pairs) == 30
+assert len(pairs) == 12
 torch.save([want, pairs], f"{sys.argv[2]}/{rank}")
 """
 
@@ -445,7 +446,7 @@ def test_streams_on_several_ranks(tiny_checkpoint, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(ON_RANKS)
     n = 2
-    ended = torchrun(n, script, tiny_checkpoint, tmp_path, timeout=120)
+    ended = fork_python(script, tiny_checkpoint, tmp_path, ranks=n)
     assert ended.returncode == 0, ended.stderr
     outputs = [torch.load(tmp_path / str(rank), weights_only=False) for rank in range(n)]
     assert all(output == outputs[0] for output in outputs)
