@@ -140,6 +140,9 @@ def test_loglikelihood(ours, theirs, caplog):
     with caplog.at_level(logging.WARNING, "llama"):
         scores = ours.loglikelihood(requests, disable_tqdm=True)
     assert_close(scores, theirs.loglikelihood(requests, disable_tqdm=True))
+    for context in contexts:
+        assert ours.tok_encode(context) == theirs.tok_encode(context)
+        assert ours.tok_encode(context, add_special_tokens=False) == theirs.tok_encode(context, False)
     assert "6 of 36 contexts don't fit into max_seq_len=64, and lose their beginning" in caplog.text
     is_greedy = {requests[i].args for i, score in enumerate(scores) if score[1]}
     assert ("another use", greedy) in is_greedy
@@ -154,23 +157,24 @@ def test_rolling_loglikelihood(ours, theirs):
 
 
 def test_generate_until(ours, theirs):
-    """Options that differ, stop strings of several tokens, and contexts that are too long."""
+    """Options that differ between requests, stop strings of several tokens, and contexts that are too long."""
     free = ours.llama.text_completion([TEXTS[0]], temperature=0, max_gen_len=20)[0]["generation"]
     options = [
         {"until": [], "max_gen_toks": 20},
         {"until": free[6:9], "max_gen_toks": 20},
+        {"until": ["rs"], "max_gen_toks": 20},  # which may begin within a token
         {"until": ["e", "\n\n"], "max_gen_toks": 20, "do_sample": False, "temperature": 0.0},
         {"until": [], "max_new_tokens": 6, "num_beams": 2},
         {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 0.8, "top_k": 1},
     ]
-    contexts = [*TEXTS, "<|begin_of_text|>" + TEXTS[0], LONG_TEXT]
-    for option in options:
-        requests = instances("generate_until", [(context, option) for context in contexts])
-        # Theirs one by one: what is padded on the left may differ where two tokens are about as likely.
-        expected = [theirs.generate_until([request], True)[0] for request in requests]
-        assert ours.generate_until(requests, True) == expected, option
-        if option["until"]:
-            assert any(len(answer) < 6 for answer in expected)
+    contexts = [*TEXTS, TEXTS[1][:17], "<|begin_of_text|>" + TEXTS[0], LONG_TEXT]
+    requests = instances("generate_until", [(context, option) for context in contexts for option in options])
+    # Theirs one by one: what is padded on the left may differ where two tokens are about as likely.
+    expected = [theirs.generate_until([request], True)[0] for request in requests]
+    assert ours.generate_until(requests, True) == expected
+    for option in options[1:4]:
+        assert min(len(expected[request.idx]) for request in requests if request.args[1] == option) < 6
+    assert "1muse" in expected  # of "1", "m", "user", "s"
 
 
 CHAT_TEMPLATE = (
