@@ -3,11 +3,13 @@
 `generate_batch` collects what `generate_pieces` yields; `stream_batch` has a thread produce it.
 """
 
+import contextlib
 import functools
 import hashlib
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -22,9 +24,10 @@ from llama.model_lock import lock_of
 from llama.non_finite import explain_non_finite
 from llama.out_of_memory import explain_generation, is_out_of_memory
 from llama.positions import fixed_end, has_fixed_steps
-from llama.protocols import Cache, LanguageModel, TextTokenizer
+from llama.protocols import Cache, CachedModel, LanguageModel, TextTokenizer
 from llama.sampling import ranked_logprobs, sample
 from llama.sampling_params import SamplingParams, check_prompts, left_padded
+from llama.speculative import WAITS, speculate
 from llama.streaming import EndReason, Piece, RowOutput, StopCriteria, Stopped, produce_in_thread
 
 
@@ -38,6 +41,7 @@ class RowResult:
     text: str = ""  # of the answer, if there are stop strings
     ended: EndReason | None = None
     score: float | None = None
+    proposals: tuple[int, int] | None = None
 
 
 def generate_batch(
@@ -56,7 +60,7 @@ def generate_batch(
             if piece.logprob is not None:
                 result.logprobs.append(piece.logprob)
             result.text += piece.text
-            result.ended, result.score = piece.ended, piece.score
+            result.ended, result.score, result.proposals = piece.ended, piece.score, piece.proposals
     return results
 
 
@@ -94,6 +98,8 @@ def predict(
             prediction["finish_reason"] = result.ended or "length"
             prediction["prompt_tokens"] = len(prompt)
             prediction["completion_tokens"] = len(result.tokens) - n_echoed
+            if result.proposals is not None:
+                prediction["proposed_tokens"], prediction["accepted_tokens"] = result.proposals
         predictions.append(prediction)
     return predictions
 
@@ -133,9 +139,10 @@ def check_on_all_ranks(
         error = raised
     if model_parallel_size() > 1:
         digest = hashlib.sha256(repr(prompts).encode()).hexdigest()[:8]
-        functions = ("logits_processor", "logits_processors")  # another object on each rank
-        arguments = {name: repr(value) for name, value in vars(params).items() if name not in ("stop", *functions)}
+        objects = ("stop", "logits_processor", "logits_processors", "draft_model")  # others on each rank
+        arguments = {name: repr(value) for name, value in vars(params).items() if name not in objects}
         arguments["logits_processor"] = f"{len(params.logits_processors)} function(s)"
+        arguments["draft_model"] = "None" if params.draft_model is None else "a model"
         arguments["method"] = method
         arguments["prompts"] = f"{len(prompts)} of {sum(map(len, prompts))} tokens with the checksum {digest}"
         check_ranks_agree(arguments, error)
@@ -201,7 +208,14 @@ def generate_pieces(
             yield from beams.pieces()
         else:
             outputs = [RowOutput(row, criteria[row // params.rows_per_prompt]) for row in range(len(rows))]
-            yield from sample_rows(model, cache, logits, rows, params, outputs, is_left)
+            with contextlib.ExitStack() as turns:
+                if params.draft_model is not None:
+                    draft, stage = cast(CachedModel, params.draft_model.model), "prefill"
+                    if lock_of(draft).queue is not lock_of(model).queue:
+                        turns.enter_context(lock_of(draft).turn())
+                    prefill_rows(draft, draft.setup_cache(), prompts, params, end, False, is_left)
+                    stage = "decode"
+                yield from sample_rows(model, cache, logits, rows, params, outputs, is_left)
     except Stopped:
         return
     except (RuntimeError, MemoryError) as error:
@@ -234,7 +248,7 @@ def prefill_rows(
     if isinstance(cache, KVCache) and has_fixed_steps(cache.keys.device):
         # A step attends to them, masked, in every row: but 0 x NaN is NaN.
         cache.clear(longest, fixed_end(end, model.params.max_seq_len))
-    elif cache is not None and min(map(len, prompts)) < longest:
+    elif cache is not None and (min(map(len, prompts)) < longest or params.is_speculative):
         cache.clear(longest, end)  # likewise, in the shorter rows
     prefilled = prompts
     if cache is None:
@@ -278,28 +292,39 @@ def sample_rows(
         top_k=params.top_k,
         generator=generator,
     )
-    input_ids = torch.empty(0)  # what the logits processors see of the tokens
+    # What the logits processors see of the tokens, (rows, length).
+    input_ids = left_padded(tokens, logits.device) if params.logits_processors else torch.empty(0)
+
+    def process(logits: torch.Tensor) -> torch.Tensor:
+        return params.process(model, input_ids, logits)
 
     def sample_processed(logits: torch.Tensor) -> torch.Tensor:
-        return sample_plain(params.process(model, input_ids, logits))
+        return sample_plain(process(logits))
 
-    if params.logits_processors:
-        input_ids = left_padded(tokens, logits.device)  # (rows, length)
     select = sample_processed if params.logits_processors else sample_plain
     score_tokens = functools.partial(ranked_logprobs, n=params.top_logprobs) if params.logprobs else None
+    if params.is_speculative:
+        steps = speculate(
+            model, logits, tokens, outputs, params, select, process, generator=generator, score_tokens=score_tokens
+        )
+    else:
+        steps = decode(model, logits, lengths, select, score_tokens=score_tokens)
     try:
-        for next_tokens, scores in decode(model, logits, lengths, select, score_tokens=score_tokens):
+        for next_tokens, scores in steps:
             ranked = [[]] * len(tokens) if scores is None else scores.tolist()
             # Here the host waits for the device, to see which rows have finished. Those stay in the batch, so that what
             # is sampled for the others doesn't depend on them.
             for row, token in enumerate(next_tokens.tolist()):
-                if outputs[row].ended:
+                if outputs[row].ended or token == WAITS:
                     continue
                 if token == -1:
                     raise ArithmeticError(explain_non_finite(model, tokens[row], bool(params.logits_processors)))
                 tokens[row].append(token)
                 logprob, *top_logprobs = [(int(i), logprob) for i, logprob in ranked[row]] or [(token, None)]
-                yield from outputs[row].append(token, logprob[1], tuple(top_logprobs))
+                for piece in outputs[row].append(token, logprob[1], tuple(top_logprobs)):
+                    if piece.ended and params.is_speculative:
+                        piece = piece._replace(proposals=(outputs[row].n_proposed, outputs[row].n_accepted))
+                    yield piece
             if all(output.ended for output in outputs) or (is_left is not None and is_left()):
                 return
             if params.logits_processors:

@@ -46,9 +46,11 @@ class OptionalKeys(TypedDict, total=False):
     logprobs: list[float]
     top_logprobs: list[list[LikelyToken]]  # in each token's place, the likeliest first; none for a prompt's tokens
     score: float  # of an answer of beam search
-    finish_reason: Literal["stop", "length"]  # the last three with details=True
+    finish_reason: Literal["stop", "length"]  # like what follows, with details=True
     prompt_tokens: int
     completion_tokens: int
+    proposed_tokens: int  # the last two with speculative decoding
+    accepted_tokens: int
 
 
 class CompletionPrediction(OptionalKeys):

@@ -65,7 +65,10 @@ class Cache(Protocol):
 
 @runtime_checkable
 class CachedModel(LanguageModel, Protocol):
-    """A network whose cache can be reordered, as beam search needs it, and reused."""
+    """A network whose cache can be reordered, as beam search needs it, and reused.
+
+    With `reuse_cache` or speculative decoding, later calls of `forward` may have several tokens a row, too.
+    """
 
     def setup_cache(self) -> Cache:
         """The cache that `forward` uses; made now if there is none yet, or if the device or dtype has changed.
@@ -94,6 +97,16 @@ class TextTokenizer(Protocol):
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]: ...
 
     def decode(self, t: list[int]) -> str: ...
+
+
+class TextGenerator(Protocol):
+    """A network and its tokenizer, such as a `Llama`."""
+
+    @property
+    def model(self) -> LanguageModel: ...
+
+    @property
+    def tokenizer(self) -> TextTokenizer: ...
 
 
 class DialogFormat(Protocol):

@@ -96,7 +96,7 @@ def sampling_probs(logits: torch.Tensor, temperature: float, top_p: float, top_k
     probs = torch.softmax(scaled if top_k is None else keep_top_k(scaled, top_k), dim=-1)
     if top_p == 1:  # rounding of the sums might cut off the last few
         return probs
-    sorted_probs, sorted_ids = torch.sort(probs, dim=-1, descending=True)
+    sorted_probs, sorted_ids = probs.topk(_n_to_sort(probs, top_p), dim=-1)
     nucleus = sorted_probs.masked_fill(torch.cumsum(sorted_probs, dim=-1) - sorted_probs > top_p, 0.0)
     return torch.zeros_like(probs).scatter(-1, sorted_ids, nucleus / nucleus.sum(dim=-1, keepdim=True))
 

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, ParamSpec, TypedDict, TypeVar
 
+from llama.protocols import TextGenerator
 from llama.sampling_params import LogitsProcessor, SamplingParams
 
 Arguments = ParamSpec("Arguments")
@@ -34,6 +35,10 @@ class SamplingOptions(TypedDict, total=False):
             changing the weights.
         top_logprobs: with logprobs=True, also tell this many of the likeliest tokens in each new token's place, with
             their logprobs: in predictions, and in the pieces of streams.
+        prompt_lookup_num_tokens: speculative decoding: propose up to this many tokens at a time, those that followed
+            when the latest ones occurred before. It takes less time where an answer quotes its prompt.
+        draft_model: speculative decoding: propose what another `Llama` says, a smaller one with the same tokenizer. It
+            takes less time where that often says the same.
     """
 
     top_k: int | None
@@ -46,9 +51,12 @@ class SamplingOptions(TypedDict, total=False):
     seed: int | None
     reuse_cache: bool
     top_logprobs: int
+    prompt_lookup_num_tokens: int | None
+    draft_model: TextGenerator | None
 
 
 OTHER_NAMES = {  # what other libraries call an option, and what to do here
+    "assistant_model": "it is called draft_model here",
     "do_sample": "temperature=0 takes the likeliest token, and any higher one samples",
     "eos_token_id": "the ids that end an answer are tokenizer.stop_tokens",
     "generator": "give a seed",

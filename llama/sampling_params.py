@@ -1,5 +1,6 @@
 """What a call can ask for: how tokens are chosen, when an answer ends, and what is returned."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from llama.distributed import PROCESSOR_TAG, check_ranks_agree, model_parallel_size
 from llama.errors import InputError
 from llama.model_lock import lock_of
-from llama.protocols import LanguageModel, TextTokenizer
+from llama.protocols import LanguageModel, TextGenerator, TextTokenizer
 
 # (input_ids (rows, length), scores (rows, vocab_size)) -> scores: the convention of Hugging Face's transformers
 LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -26,6 +27,8 @@ class SamplingParams:
     Attributes:
         stop_strings, logits_processors: `stop` and `logits_processor` as tuples.
         rows_per_prompt: how many rows of the batch each prompt has.
+        is_greedy: whether the likeliest token is taken each time.
+        is_speculative: whether tokens are proposed: see `llama.speculative`.
 
     Raises:
         InputError: a value out of range, or a combination that makes no sense.
@@ -47,7 +50,11 @@ class SamplingParams:
     logits_processor: LogitsProcessor | Iterable[LogitsProcessor] | None = None
     logits_processors: tuple[LogitsProcessor, ...] = field(init=False)
     top_logprobs: int = 0
+    prompt_lookup_num_tokens: int | None = None
+    draft_model: TextGenerator | None = None
     rows_per_prompt: int = field(init=False)
+    is_greedy: bool = field(init=False)
+    is_speculative: bool = field(init=False)
     seed: int | None = None
     reuse_cache: bool = False
 
@@ -66,6 +73,12 @@ class SamplingParams:
             check_number("seed", self.seed, 0, 2**64 - 1, integer=True)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise InputError(f"early_stopping={self.early_stopping!r} must be True, False or 'never'")
+        proposers = (self.prompt_lookup_num_tokens, self.draft_model)
+        object.__setattr__(self, "is_speculative", proposers != (None, None))
+        if self.prompt_lookup_num_tokens is not None:
+            check_number("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens, 1, integer=True)
+            if self.draft_model is not None:
+                raise InputError("tokens are proposed by prompt_lookup_num_tokens or by draft_model: give one of them")
         check_number("top_logprobs", self.top_logprobs, 0, integer=True)
         if self.top_logprobs > 0 and not self.logprobs:
             raise InputError(f"top_logprobs={self.top_logprobs} needs logprobs=True, too")
@@ -80,6 +93,7 @@ class SamplingParams:
                     f"of them"
                 )
         object.__setattr__(self, "rows_per_prompt", max(self.num_return_sequences, self.num_beams))
+        object.__setattr__(self, "is_greedy", self.temperature == 0 or self.top_p == 0 or self.top_k == 1)
         stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, Iterable):
             raise InputError(f"stop={stop!r:.80} must be a string or list of strings")
@@ -92,7 +106,7 @@ class SamplingParams:
             self._check_beam_search()
         elif self.length_penalty != 1 or self.early_stopping is not False:
             raise InputError("length_penalty and early_stopping are for beams: give num_beams, too, or leave them out")
-        elif self.num_return_sequences > 1 and (self.temperature == 0 or self.top_p == 0 or self.top_k == 1):
+        elif self.num_return_sequences > 1 and self.is_greedy:
             raise InputError(
                 f"num_return_sequences={self.num_return_sequences} answers would all be the same, since the likeliest "
                 f"token is taken each time: give a temperature above 0, or num_beams"
@@ -112,6 +126,8 @@ class SamplingParams:
                     f"num_beams={self.num_beams} searches for the likeliest answer and samples nothing, so that "
                     f"{name}={value} means nothing: leave it out"
                 )
+        if self.is_speculative:
+            raise InputError(f"num_beams={self.num_beams} leaves nothing to propose: give no draft_model, nor a lookup")
         if self.top_logprobs > 0:
             raise InputError(f"num_beams={self.num_beams} compares whole answers: leave top_logprobs out")
         if self.num_return_sequences > self.num_beams:
@@ -190,6 +206,11 @@ def check_prompts(
             f"num_beams={params.num_beams} needs a model whose KV cache can be reordered, with `setup_cache`: see "
             f"llama.protocols.CachedModel"
         )
+    if params.is_speculative and not callable(getattr(model, "setup_cache", None)):
+        raise InputError(
+            "draft_model and prompt_lookup_num_tokens need a model that takes several tokens at any position, with "
+            "`setup_cache`: see llama.protocols.CachedModel"
+        )
     try:
         prompts = [[index(token) for token in prompt] for prompt in prompt_tokens]
     except TypeError as error:
@@ -217,4 +238,48 @@ def check_prompts(
         outside = [token for token in prompt if not 0 <= token < vocab_size]
         if outside:
             raise InputError(f"prompt {row} holds {outside[0]}, which is outside the vocabulary of {vocab_size} tokens")
+    if params.draft_model is not None:
+        n_tokens = max(min(len(prompt) + params.max_gen_len, max_seq_len) for prompt in prompts)
+        check_draft_model(params.draft_model, model, tokenizer, len(prompts) * params.rows_per_prompt, n_tokens)
     return prompts
+
+
+def check_draft_model(
+    draft: TextGenerator, model: LanguageModel, tokenizer: TextTokenizer, n_rows: int, n_tokens: int
+) -> None:
+    """Raise InputError unless another model can propose tokens to this one.
+
+    Args:
+        n_rows, n_tokens: the size of the batch, and the number of tokens that its longest row may have in the end.
+    """
+    if not callable(getattr(getattr(draft, "model", None), "setup_cache", None)):
+        raise InputError(f"draft_model={draft!r:.80} must be a Llama, whose model has `setup_cache`")
+    if draft.model is model:
+        raise InputError("draft_model has the same network, and so the same cache: build it as a Llama of its own")
+    limits = draft.model.params
+    if limits.max_batch_size < n_rows or limits.max_seq_len < n_tokens:
+        raise InputError(
+            f"draft_model has max_batch_size={limits.max_batch_size} and max_seq_len={limits.max_seq_len}, but this "
+            f"call has {n_rows} row(s) of up to {n_tokens} tokens: build it with as much"
+        )
+    tokenizers: tuple[Any, Any] = (draft.tokenizer, tokenizer)
+    if not have_same_tokens(*tokenizers, getattr(model.params, "vocab_size", -1)):
+        raise InputError(
+            "draft_model has another tokenizer: take a model of the same family, whose ids mean the same"
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def have_same_tokens(one: Any, other: Any, vocab_size: int) -> bool:
+    """Whether every id means the same token to two tokenizers. It takes some time, the first time.
+
+    Args:
+        vocab_size: how many ids there are, where the tokenizers don't say it.
+    """
+    if one is other:
+        return True
+    sizes = [getattr(tokenizer, "n_words", vocab_size) for tokenizer in (one, other)]
+    special_tokens = [getattr(tokenizer, "special_tokens", {}) for tokenizer in (one, other)]
+    if sizes[0] != sizes[1] or special_tokens[0] != special_tokens[1]:
+        return False
+    return all(one.decode([i]) == other.decode([i]) for i in range(sizes[0]))

@@ -33,6 +33,9 @@ class Piece(NamedTuple):
     ended: EndReason | None = None  # "stop": at a stop token or string; "length": no tokens left; None: it goes on
     score: float | None = None  # with the end of an answer of beam search
     top_logprobs: tuple[tuple[int, float], ...] = ()  # the likeliest tokens in its place, the likeliest first
+    proposals: tuple[int, int] | None = (
+        None  # with the end, after speculative decoding: how many, and how many accepted
+    )
 
 
 class PendingToken(NamedTuple):
@@ -95,10 +98,12 @@ class RowOutput:
 
     Attributes:
         ended: why it ended, or None while it goes on.
+        n_proposed, n_accepted: with speculative decoding, tokens of it that were proposed, and accepted.
     """
 
     def __init__(self, row: int, criteria: StopCriteria) -> None:
         self.ended: EndReason | None = "length" if criteria.max_new_tokens < 1 else None
+        self.n_proposed = self.n_accepted = 0
         self._row, self._criteria = row, criteria
         self._stream = None if criteria.decode is None else TextStream(criteria.decode)
         self._tokens: list[int] = []
@@ -106,6 +111,11 @@ class RowOutput:
         self._cut = False  # a stop string was found, and the text ends before it
         self._released = 0  # characters of the text that have been released
         self._pending: list[PendingToken] = []
+
+    @property
+    def n_left(self) -> int:
+        """How many more tokens it may have."""
+        return 0 if self.ended else self._criteria.max_new_tokens - len(self._tokens)
 
     def append(
         self, token: int, logprob: float | None, top_logprobs: tuple[tuple[int, float], ...] = ()
