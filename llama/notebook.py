@@ -3,7 +3,7 @@
 import logging
 import sys
 
-from llama.cli.command_line import LogHandler
+from llama.log import LogHandler
 
 LEVEL = logging.INFO - 1  # shows what INFO does; since nobody else sets this level, it is known to be ours
 

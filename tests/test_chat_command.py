@@ -24,8 +24,8 @@ from llama import Llama, Tokenizer
 from llama.chat_format import Llama2Format
 from llama.checkpoint import save_checkpoint
 from llama.cli.chat import ChatRequest, answer
-from llama.cli.terminal import escape_control_characters
 from llama.errors import InputError
+from llama.log import escape_control_characters
 
 PROMPT = r"\x1b\[\?2004h.*?>"  # switches on bracketed paste, then the prompt at which to type
 ALONE = [sys.executable, "-m", "llama"]

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 import llama
 from llama.__main__ import BENCH, BENCHMARKS, COMMANDS
-from llama.cli.command_line import LogHandler, bind
+from llama.cli.command_line import bind
 from llama.cli.terminal import status_line, to_json
+from llama.log import LogHandler
 
 
 @pytest.mark.parametrize(

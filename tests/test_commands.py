@@ -18,10 +18,10 @@ from run_command import Runner, Stdin, record_builds
 from test_real_shapes import MODELS, model  # noqa: F401 - a fixture: the settings of published models
 
 from llama import Llama
-from llama.cli.command_line import EscapingFormatter
 from llama.cli.info import info
 from llama.default_model import default_checkpoint
 from llama.device import dtype_name
+from llama.log import EscapingFormatter
 from llama.memory import footprint
 from llama.quantized import QUANTIZATIONS
 

@@ -18,7 +18,6 @@ from llama.chat_format import ChatFormat
 from llama.cli.build import build_llama
 from llama.cli.terminal import (
     Keyboard,
-    escape_control_characters,
     interrupting,
     print_piece,
     require_stdout,
@@ -29,6 +28,7 @@ from llama.distributed import broadcast_object, is_first_rank
 from llama.errors import InputError
 from llama.files import check_json_depth, require_file, writable_file
 from llama.generation import Llama
+from llama.log import escape_control_characters
 from llama.output_folder import write_whole
 from llama.sampling_params import SamplingParams
 

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple, NoReturn
 import llama
 from llama.cli.terminal import (
     discard_unwritable_output,
-    escape_control_characters,
     exit_at_once,
     on_ctrl_c,
     open_closed_streams,
 )
 from llama.errors import DownloadError, InputError
+from llama.log import LogHandler, escape_control_characters, print_message
 
 Command = Callable[..., None]
 
@@ -46,38 +46,6 @@ class LazyCommand(NamedTuple):
     def load(self) -> Command:
         command: Command = getattr(importlib.import_module(self.module), self.function)
         return command
-
-
-class EscapingFormatter(logging.Formatter):
-    """Escapes control characters, since a message may quote a file, and must not be able to control the terminal."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return escape_control_characters(super().format(record))
-
-
-class LogHandler(logging.Handler):
-    """Writes log messages to standard error; where a progress bar is shown there, above it.
-
-    Those of other libraries only count from a warning on: what they do is no news to the user of a command.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.setFormatter(EscapingFormatter("%(message)s"))
-        self.addFilter(lambda record: record.name == "llama" or record.levelno >= logging.WARNING)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            print_message(self.format(record))
-        except OSError:  # nobody reads the messages
-            self.handleError(record)
-
-
-def print_message(text: str) -> None:
-    """Print a line on standard error; where a progress bar is shown there, above it."""
-    from tqdm import tqdm  # not at the top, since neither help nor a usage error needs it
-
-    tqdm.write(text, file=sys.stderr)
 
 
 def run(component: Command | Mapping[str, LazyCommand], name: str | None = None, args: list[str] | None = None) -> None:

@@ -11,12 +11,13 @@ from llama.chat_format import ChatFormat, TemplateFormat
 from llama.checkpoint import Checkpoint, Settings, open_checkpoint, parameter_count, read_settings
 from llama.checkpoint.gguf import open_parts
 from llama.checkpoint.memory import LLAMA2_VOCAB_SIZE, cache_bytes, free_memory, weight_bytes
-from llama.cli.terminal import escape_control_characters, require_stdout, to_json
+from llama.cli.terminal import require_stdout, to_json
 from llama.default_model import default_checkpoint
 from llama.device import default_dtype, dtype_name, dtype_named
 from llama.errors import CheckpointError, InputError, MissingFileError
 from llama.files import require_path
 from llama.gguf_file import GGUFFile
+from llama.log import escape_control_characters
 from llama.model_args import ModelArgs
 from llama.quantized import check_quantize
 from llama.sampling_params import check_number

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from llama.errors import InputError
+from llama.log import escape_control_characters
 
 try:
     import termios
@@ -66,17 +67,6 @@ def discard_unwritable_output() -> None:
             sys.stdout.flush()
     except OSError:  # a closed pipe, a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def escape_control_characters(text: str) -> str:
-    """Replace control characters other than newlines and tabs by visible symbols, so that none controls a terminal."""
-    return "".join(_visible(character) for character in text)
-
-
-def _visible(character: str) -> str:
-    if character in "\n\t" or not (ord(character) < 32 or 127 <= ord(character) < 160):
-        return character
-    return chr(0x2400 + ord(character)) if ord(character) < 32 else f"\\x{ord(character):02x}"
 
 
 def to_json(value: object) -> str:
