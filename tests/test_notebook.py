@@ -9,6 +9,8 @@ import nbformat
 import pytest
 from conftest import ROOT
 
+NOTEBOOK = ROOT / "docs" / "decoding.ipynb"
+
 PROGRESS = """
 import time
 from llama.checkpoint.progress import progress, progress_bar
@@ -22,16 +24,28 @@ for i in progress(range(3), "loading", " tensors"):
 
 
 def execute(notebook: nbformat.NotebookNode) -> list[str]:
-    """Execute a notebook in a kernel of its own, and return what each cell shows as text."""
+    """Execute a notebook in a kernel of its own, and return what each of its code cells shows as text."""
+    resources = {"metadata": {"path": ROOT / "docs"}}
     nbclient.NotebookClient(
-        notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": ROOT}}
+        notebook, timeout=120, kernel_name="python3", resources=resources, record_timing=False
     ).execute()
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    return ["".join(map(text_of, cell.outputs)) for cell in cells]
+    return ["".join(map(text_of, cell.outputs)) for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def text_of(output: nbformat.NotebookNode) -> str:
     return output.text if output.output_type == "stream" else output.data["text/plain"]
+
+
+def keep_results(notebook: nbformat.NotebookNode) -> None:
+    """Remove what isn't kept in the file: messages, which differ each time; the inspection's page, for its size."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            printed = "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
+            results = [output for output in cell.outputs if output.output_type == "execute_result"]
+            for result in results:
+                result.data.pop("text/html", None)
+            cell.outputs = [nbformat.v4.new_output("stream", text=printed)] * bool(printed) + results
+    notebook.metadata.language_info = {"name": "python"}  # without the version of the Python that executed it
 
 
 def execute_cells(*cells: str) -> list[str]:
@@ -64,3 +78,21 @@ def test_messages_are_not_shown_elsewhere():
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"TERM": "dumb"})
     assert "module 'llama'" in result.stdout, result.stderr
     assert "loaded" not in result.stdout + result.stderr
+
+
+@pytest.mark.real
+def test_the_notebook_in_docs():
+    """It shows what is kept in the file. After a change of the notebook, run this module, which writes that."""
+    notebook, kept = nbformat.read(NOTEBOOK, as_version=4), nbformat.read(NOTEBOOK, as_version=4)
+    execute(notebook)
+    assert "<iframe" in notebook.cells[-1].outputs[-1].data["text/html"]
+    keep_results(notebook)
+    for cell, kept_cell in zip(notebook.cells, kept.cells, strict=True):
+        assert cell == kept_cell
+
+
+if __name__ == "__main__":
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    execute(notebook)
+    keep_results(notebook)
+    nbformat.write(notebook, NOTEBOOK)
