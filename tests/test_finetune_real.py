@@ -36,7 +36,7 @@ def test_two_facts_about_an_invented_island(tmp_path):
     before = answers(default_checkpoint())
     assert not any(answer == pair["completion"] for answer, pair in zip(before, pairs, strict=False))
     assert not any(fact in answer for answer, fact in zip(before[8:], REWORDED.values(), strict=True))
-    finetune(data, out, lr=2e-4, epochs=4, val_fraction=0, dtype="float32")
+    finetune(data, out, lr=3e-4, epochs=3, val_fraction=0, dtype="float32")
     after = answers(out)
     assert after[:8] == [pair["completion"] for pair in pairs]
     assert all(fact in answer for answer, fact in zip(after[8:], REWORDED.values(), strict=True))
