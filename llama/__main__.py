@@ -1,7 +1,4 @@
-"""The command `llama`: chat with, complete with, inspect, convert, fine-tune and measure models from a terminal."""
-
-import sys
-from pathlib import Path
+"""The command `llama`: chat with, complete with, inspect, convert and fine-tune models from a terminal."""
 
 from llama.cli import run
 from llama.cli.command_line import LazyCommand
@@ -38,22 +35,11 @@ COMMANDS = {
         "Print a script for bash or zsh that completes commands, options and file names.",
     ),
 }
-BENCH = LazyCommand(
-    "compare",
-    "main",
-    "Compare the speed and memory of this library with those of other libraries; takes half an hour or more.",
-)
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"  # only in a clone of the repository
 
 
 def main() -> None:
     on_ctrl_c(exit_at_once)  # until `run` calls the command: its imports take over a second
-    commands = COMMANDS
-    if (BENCHMARKS / "compare.py").is_file() and (BENCHMARKS.parent / "pyproject.toml").is_file():
-        commands = commands | {"bench": BENCH}
-        if sys.argv[1:2] == ["bench"]:
-            sys.path.append(str(BENCHMARKS))
-    run(commands, "llama")
+    run(COMMANDS, "llama")
 
 
 if __name__ == "__main__":

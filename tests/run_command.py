@@ -99,5 +99,4 @@ class Runner:
     def llama(self, *args: object, stdin: str | Stdin = "") -> Finished:
         """Run the command `llama`."""
         self.monkeypatch.setattr(sys, "argv", ["llama", *map(str, args)])
-        self.monkeypatch.setattr(sys, "path", list(sys.path))  # `llama bench` extends it
         return self.call(llama.__main__.main, stdin)

@@ -25,7 +25,7 @@ from llama.log import EscapingFormatter
 from llama.memory import footprint
 from llama.quantized import QUANTIZATIONS
 
-COMMANDS = ("chat", "complete", "inspect", "info", "convert", "finetune", "completion", "bench")
+COMMANDS = ("chat", "complete", "inspect", "info", "convert", "finetune", "completion")
 GREEDY = ["--temperature", "0", "--max_gen_len", "9", "--dtype", "float32"]
 
 
@@ -124,9 +124,6 @@ def test_it_is_installed_as_llama():
         (["convert", "/nowhere", "/x"], 1, "error: ckpt_dir='/nowhere' does not exist"),
         (["convert", "/nowhere", "/x", "--dtype", "int3"], 1, "error: dtype='int3' must be one of"),
         (["completion", "fish"], 1, "error: shell='fish' must be one of ['bash', 'zsh']"),
-        (["bench", "--models", "2b"], 1, "error: models=2b must be some of smollm2,1b"),
-        (["bench", "--rounds", "0"], 1, "error: rounds=0 must be a whole number of at least 1"),
-        (["bench", "--peers", "transformers"], 1, "error: peers=transformers must begin with ours"),
         pytest.param(["complete"], 1, "error: the text is empty, and this model needs", marks=pytest.mark.real),
         pytest.param(
             ["info", "--nproc", "2"], 1, "error: this model can't be split over 2 processes", marks=pytest.mark.real
@@ -596,12 +593,12 @@ done
 def test_completion_in_bash(runner):
     script = runner.llama("completion", "bash").stdout
     typed = ["llama in", "llama info --max", "llama complete --js", "llama complete text", "llama convert x --layout h"]
-    typed += ["llama unknown -", *(f"llama {name} -" for name in COMMANDS[:-1])]
+    typed += ["llama unknown -", *(f"llama {name} -" for name in COMMANDS)]
     result = subprocess.run(["bash", "-c", script + COMPLETED, "bash", *typed], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     lines = iter(result.stdout.split("\n"))
     assert [next(lines) for _ in range(6)] == ["inspect info", "--max_seq_len --max_batch_size", "--json", "", "", ""]
-    for name in COMMANDS[:-1]:
+    for name in COMMANDS:
         shown = re.findall(r"^  (?:-\w(?: [A-Z_]+)?, )?(--\w+)", runner.llama(name, "--help").stdout, re.MULTILINE)
         assert sorted(next(lines).split()) == sorted(shown)
     zsh = runner.llama("completion", "zsh").stdout
