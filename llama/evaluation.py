@@ -35,6 +35,7 @@ from llama.generation import Llama
 from llama.model_lock import lock_of
 from llama.non_finite import explain_non_finite
 from llama.sampling import token_logprobs
+from llama.sampling_options import SamplingOptions
 from llama.sampling_params import SamplingParams
 from llama.template_process import render
 from llama.tokenizer import Tokenizer
@@ -78,6 +79,8 @@ class LlamaLM(TemplateLM):  # type: ignore[misc] # lm_eval has no types
             additional_config: the harness's `batch_size`, `max_batch_size` and `device`; None where they aren't given.
         """
         options = arg_dict | {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if options.get("device") == "cuda:0":  # the command's default, with or without a GPU, on every process
+            del options["device"]
         return cls(build(**options))
 
     @classmethod
@@ -286,17 +289,19 @@ class LlamaLM(TemplateLM):  # type: ignore[misc] # lm_eval has no types
         **options: Any,
     ) -> list[str]:
         """The texts that follow the contexts, without control tokens."""
+        if unknown := options.keys() - SamplingOptions.__annotations__.keys():
+            raise InputError(f"the task asks for {sorted(unknown)}, but Llama.generate has no such options")
         stop = [string for string in until if string]
         params = SamplingParams(max_gen_toks, temperature if do_sample else 0.0, top_p, stop=stop, **options)
-        output = generate_batch(self.model, self.tokenizer, contexts, params)
         ends = [*stop, self.tokenizer.token_text(self.eot_token_id)]
         special = set(self.tokenizer.special_tokens.values())
         answers = []
-        for row, tokens in enumerate(output.tokens):
+        for result in generate_batch(self.model, self.tokenizer, contexts, params):
+            tokens = result.tokens
             text = self.tokenizer.decode([token for token in tokens if token not in special])
             # A stop string may begin within the last token: so many characters of it are not part of the answer.
             ends_in_text = bool(stop and tokens and tokens[-1] not in special)
-            n_cut = len(self.tokenizer.decode(tokens)) - len(output.texts[row]) if ends_in_text else 0
+            n_cut = len(self.tokenizer.decode(tokens)) - len(result.text) if ends_in_text else 0
             # What is left may still spell a stop string: across a control token, or the end of the text in letters.
             answers.append(postprocess_generated_text(text[: len(text) - n_cut], ends, think_end_token=None))
         return answers
@@ -317,7 +322,7 @@ class LlamaLM(TemplateLM):  # type: ignore[misc] # lm_eval has no types
 def build(
     ckpt_dir: str | Path,
     tokenizer_path: str | Path | None = None,
-    max_seq_len: int = 2048,
+    max_seq_len: int | None = None,
     batch_size: int | str = 1,
     model_parallel_size: int | None = None,
     device: str | None = None,

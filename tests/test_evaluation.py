@@ -222,7 +222,7 @@ def test_chat_formats_without_a_template(layout, request):
 def test_the_command(folder, tasks, tmp_path, monkeypatch, capsys):
     output = tmp_path / "results.json"
     arguments = f"--model_args ckpt_dir={folder},max_seq_len=64,dtype=float32 --include_path {tasks} --tasks choices"
-    command = f"evaluation --model llama {arguments} --batch_size 2 --device cpu --output_path {output}"
+    command = f"evaluation --model llama {arguments} --batch_size 2 --output_path {output}"
     monkeypatch.setattr(sys, "argv", command.split())
     main()
     assert "|choices|" in capsys.readouterr().out
@@ -243,6 +243,9 @@ def test_what_is_refused(ours, folder):
         ours.loglikelihood(instances("loglikelihood", [("x", "y" * 65)]), disable_tqdm=True)
     with pytest.raises(InputError, match="max_gen_toks=64 new tokens leave no space"):
         ours.generate_until(instances("generate_until", [("x", {"until": [], "max_gen_toks": 64})]), disable_tqdm=True)
+    options = {"until": [], "max_gen_toks": 4, "repetition_penalty": 1.2}
+    with pytest.raises(InputError, match=r"the task asks for \['repetition_penalty'\]"):
+        ours.generate_until(instances("generate_until", [("x", options)]), disable_tqdm=True)
 
 
 def test_nan_is_an_error(llama3):
