@@ -7,6 +7,7 @@ import torch
 from conftest import ScriptedModel, ScriptedTokenizer, examples, hugging_face_twin, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from test_documents import blocks, run_programs
 
 from llama import Llama
 from llama.embeddings import batches_by_length, embed, hidden_states
@@ -146,3 +147,8 @@ def test_nan_is_an_error(llama3):
         llama.model.layers[1].feed_forward.w2.weight[0, 0] = torch.nan
     with pytest.raises(ArithmeticError, match="first in layer 1 of 2"):
         embed(llama, ["a"])
+
+
+@pytest.mark.real
+def test_the_program_of_the_page(capsys):
+    assert run_programs("docs/evaluation.md", capsys) == blocks("text", "docs/evaluation.md")
