@@ -502,13 +502,14 @@ def test_info_as_json(runner, tmp_path, llama3_path, monkeypatch):
     }
     write_gguf(tmp_path / "model.gguf", small, gguf.GGMLQuantizationType.Q4_0)  # but the norms
     printed = json.loads(runner.llama("info", tmp_path / "model.gguf", "--json").stdout)
+    assert printed["max_seq_len"] == 128  # the model's own maximum
     assert list(printed["tensor_types"]) == ["Q4_0", "F32"]
     assert sum(printed["tensor_types"].values()) == pytest.approx(1)
     (folder / "tokenizer.model").write_text("no tokenizer")
     printed = json.loads(runner.llama("info", folder, "--json", "--max_batch_size", 10**6).stdout)
     assert (printed["tokenizer"], printed["stop_tokens"], printed["chat_format"]) == (None, None, None)
     assert "tokenizer.model" in printed["tokenizer_error"]
-    assert printed["fits"] is False
+    assert (printed["max_seq_len"], printed["fits"]) == (4096, False)
     unusable = by_first_column(runner.llama("info", folder).stdout)["tokenizer"]
     assert unusable == f"unusable: {printed['tokenizer_error']}".replace("\x1b", "␛").strip()
 

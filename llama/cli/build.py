@@ -15,8 +15,6 @@ from llama.tokenizer import Tokenizer
 
 logger = logging.getLogger("llama")
 
-DEFAULT_MAX_SEQ_LEN = 4096  # tokens
-
 
 def build_llama(
     ckpt_dir: str | None,
@@ -36,8 +34,7 @@ def build_llama(
     Args:
         ckpt_dir: the checkpoint; None for the default model.
         tokenizer_path: the tokenizer file; None for the checkpoint's own.
-        max_seq_len: the context size in tokens; None for `DEFAULT_MAX_SEQ_LEN`, or the model's own maximum if that is
-            smaller.
+        max_seq_len: the context size in tokens; None for the checkpoint's `Settings.default_seq_len`.
         dtype: the name of a dtype; None for the default of the device, and of `quantize`.
         seed: the random seed; None for a different one each time.
         chat_format: the name of a chat format; None for the model's own.
@@ -57,8 +54,7 @@ def build_llama(
     if format_class is not None:
         format_class(checkpoint.tokenizer(tokenizer_path))  # raises if they don't fit
     if max_seq_len is None:
-        model_maximum = checkpoint.settings.params.get("max_position_embeddings")
-        max_seq_len = min(DEFAULT_MAX_SEQ_LEN, model_maximum or DEFAULT_MAX_SEQ_LEN)
+        max_seq_len = checkpoint.settings.default_seq_len
     if prompt is not None and not 0 < len(prompt.encode("utf-8", "replace")) < max_seq_len:  # no more tokens than bytes
         check_prompt(prompt, checkpoint.tokenizer(tokenizer_path), max_seq_len)
     llama = Llama.build(

@@ -24,7 +24,6 @@ from llama.sampling_params import check_number
 from llama.tokenizer import Tokenizer
 
 LLAMA3_VOCAB_SIZE = 128256
-DEFAULT_MAX_SEQ_LEN = 2048  # tokens
 
 # Far above the sizes of any model, and low enough to compute with, to list all layers, and to count to n_heads.
 MAX_SIZE = 2**31
@@ -51,7 +50,7 @@ def info(
             is downloaded once
         tokenizer_path: the tokenizer file; by default the one that comes with the checkpoint
         nproc: number of processes that share the model
-        max_seq_len: size of the KV cache in tokens of each row, prompt and answer together; by default 2048, or the
+        max_seq_len: size of the KV cache in tokens of each row, prompt and answer together; by default 4096, or the
             model's own maximum if that is smaller
         max_batch_size: size of the KV cache in rows
         dtype: float32, float16 or bfloat16, of weights and KV cache; by default this machine's default
@@ -73,8 +72,6 @@ def info(
     checkpoint = None if has_settings_file else open_checkpoint(path)
     settings = read_settings(path) if checkpoint is None else checkpoint.settings
     check_sizes(settings)
-    if max_seq_len is None:
-        max_seq_len = min(DEFAULT_MAX_SEQ_LEN, settings.params.get("max_position_embeddings") or DEFAULT_MAX_SEQ_LEN)
     vocab_size = settings.params.get("vocab_size", -1)
     args = settings.model_args(LLAMA2_VOCAB_SIZE if vocab_size == -1 else vocab_size, max_seq_len, max_batch_size)
     args.check(nproc)
@@ -90,7 +87,7 @@ def info(
         **described_tokenizer,
         "dtype": dtype_name(torch_dtype),
         "quantize": quantize,
-        "max_seq_len": max_seq_len,
+        "max_seq_len": args.max_seq_len,
         "max_batch_size": max_batch_size,
         "nproc": nproc,
         "weight_bytes": weights,
