@@ -37,11 +37,19 @@ CONSOLE_SESSIONS = [
 ]
 
 
-def run_programs(document: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """What each Python block of a document prints, when they run one after the other."""
+def run_programs(document: str, capsys: pytest.CaptureFixture[str], without: str | None = None) -> list[str]:
+    """What each Python block of a document prints, when they run one after the other.
+
+    Args:
+        document: its name.
+        capsys: pytest's fixture.
+        without: a module; blocks that import it are left out.
+    """
     names: dict = {}
     printed = []
     for program in blocks("python", document):
+        if without is not None and f"import {without}\n" in program:
+            continue
         exec(compile(program, document, "exec"), names)
         printed.append(capsys.readouterr().out)
     return printed
@@ -84,10 +92,29 @@ def test_program_of_checkpoints(capsys):
     assert run_programs("docs/checkpoints.md", capsys) == blocks("text", "docs/checkpoints.md")
 
 
+@pytest.mark.real
+def test_programs_of_structured_output(capsys):
+    """Every answer has the form that was asked for, whatever the model would rather say."""
+    pytest.importorskip("outlines_core")
+    without = None if importlib.util.find_spec("xgrammar") else "xgrammar"  # it needs triton: 290 MB
+    *grammars, repetitions = run_programs("docs/structured-output.md", capsys, without)
+    for printed in grammars:
+        answers = [ast.literal_eval(line) for line in printed.splitlines()]
+        assert len(answers) == 8
+        for answer in answers:
+            assert list(answer) == ["person", "city"]
+            assert all(1 <= len(text) <= 30 for text in answer.values())
+        assert (answers[0]["city"], answers[1]["city"]) == ("London", "Warsaw")
+    plain, processed = map(ast.literal_eval, repetitions.splitlines())
+    assert plain.count("dog barks") > 3
+    assert "dog barks" not in processed
+
+
 def test_every_program_is_run():
     with_programs = {document for document in DOCUMENTS if blocks("python", document)}
-    elsewhere = {"docs/serving.md"}  # by test_serving.py
-    assert with_programs == {"README.md", "docs/decoding.md", "docs/checkpoints.md", "docs/speed.md"} | elsewhere
+    here = {"README.md", *(f"docs/{name}.md" for name in ("decoding", "checkpoints", "speed", "structured-output"))}
+    elsewhere = {"docs/serving.md", "docs/evaluation.md"}  # by test_serving.py and test_embeddings.py
+    assert with_programs == here | elsewhere
     assert len(CONSOLE_SESSIONS) >= 4
 
 
