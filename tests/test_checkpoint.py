@@ -214,8 +214,18 @@ def test_unknown_keys_are_named(copy, caplog):
     change_params(copy, use_sliding_window=True, vision_chunk_size=448, max_batch_size=3)
     with caplog.at_level(logging.WARNING):
         args = open_checkpoint(copy).settings.model_args(524, 10, 1)
-    assert "unknown keys, which are ignored: use_sliding_window, vision_chunk_size" in caplog.text
+    assert "params.json: 2 unknown keys, which are ignored: ['use_sliding_window', 'vision_chunk_size']" in caplog.text
     assert args.max_batch_size == 1
+
+
+def test_many_unknown_keys_are_told_in_one_short_line(copy, caplog):
+    change_params(copy, **{f"key\n{i}": i for i in range(10_000)})
+    with caplog.at_level(logging.WARNING):
+        open_checkpoint(copy)
+    (message,) = caplog.messages
+    assert "10000 unknown keys, which are ignored: ['key\\n0', 'key\\n1', " in message
+    assert len(message.splitlines()) == 1
+    assert len(message) < 1000
 
 
 def test_a_broken_link(copy):
@@ -324,8 +334,17 @@ DAMAGES = {
         lambda f: change_params(f, rope_low_freq_factor=9),
         "rope_low_freq_factor=9 must be",
     ),
-    "absurdly many layers": (lambda f: change_params(f, n_layers=10**12), "21 tensors can't hold 1000000000000 layers"),
-    "a huge width": (lambda f: change_params(f, dim=2**40, n_heads=4), r"wrong shape: norm\.weight"),
+    "too many layers": (lambda f: change_params(f, n_layers=4096), "21 tensors can't hold 4096 layers"),
+    "absurdly many layers": (
+        lambda f: change_params(f, n_layers=10**9),
+        r"params\.json: n_layers=1000000000 is larger than that of any model",
+    ),
+    "absurdly many heads": (
+        lambda f: change_params(f, n_heads=2**20, dim=2**21),
+        r"params\.json: n_heads=1048576 is larger than that of any model",
+    ),
+    "an absurd width": (lambda f: change_params(f, dim=2**40), "dim=1099511627776 is larger than that of any model"),
+    "a huge width": (lambda f: change_params(f, dim=2**30, n_heads=4), r"wrong shape: norm\.weight"),
     "deeply nested params": (lambda f: (f / "params.json").write_text("[" * 10**5), r"params\.json is not JSON"),
     "integer weights": (
         lambda f: edit_tensors(f, lambda t: t.update({"norm.weight": torch.ones(128, dtype=torch.int8)})),

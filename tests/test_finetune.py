@@ -279,8 +279,27 @@ def test_a_damaged_state(tmp_path):
         folder.begin({"seed": 1})
         folder.save_state(3, {"masters": {}}, 0)
         assert folder.load_state()["step"] == folder.saved_step == 3
-        (tmp_path / "out.training" / "step-000003" / "part-00.pt").write_bytes(b"PK")
+        path = tmp_path / "out.training" / "step-000003" / "part-00.pt"
+        path.write_bytes(b"PK")
         with pytest.raises(InputError, match=r"part-00\.pt can't be read: remove .*out\.training to start again"):
+            folder.load_state()
+        path.unlink()
+        os.mkfifo(path)  # opening it would wait for a writer
+        with pytest.raises(InputError, match=r"part-00\.pt can't be read: remove .*part-00\.pt is a pipe, not a file"):
+            folder.load_state()
+
+
+def test_damaged_metrics(tmp_path):
+    with RunFolder(tmp_path / "out") as folder:
+        folder.begin({"seed": 1})
+        path = tmp_path / "out.training" / "metrics.jsonl"
+        for content in (b'{"step": 1,\n', b"\xff\xfe\n", b"[1]\n", b'{"loss": 1.0}\n'):
+            path.write_bytes(content)
+            with pytest.raises(InputError, match=r"metrics\.jsonl can't be read: remove .*out\.training"):
+                folder.load_state()
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(InputError, match=r"metrics\.jsonl can't be read: .* is a pipe, not an ordinary file"):
             folder.load_state()
 
 

@@ -22,6 +22,11 @@ DEFAULT_SEQ_LEN = 4096  # tokens; the KV cache grows with them
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # that weights may have in a file
 
 
+# Far above the sizes of any model, and low enough to compute with, to list all layers, and to count to n_heads.
+MAX_SIZE = 2**31
+MAX_SIZES = {"n_layers": 2**12, "n_heads": 2**16}
+
+
 @dataclass
 class Settings:
     """A checkpoint's configuration: everything it says of its model apart from the weights.
@@ -31,11 +36,19 @@ class Settings:
         params: `ModelArgs` fields, as far as the checkpoint gives them.
         advised_seq_len: the context length the model was trained for, where a longer one gets a warning. (Where it is
             an error, the limit is in `params`, as `max_position_embeddings`.)
+
+    Raises:
+        CheckpointError: a size is absurd; computing with it might never end.
     """
 
     path: Path
     params: dict[str, Any]
     advised_seq_len: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, size in self.params.items():
+            if isinstance(size, int) and size > MAX_SIZES.get(name, MAX_SIZE):
+                raise CheckpointError(f"{self.path}: {name}={size} is larger than that of any model")
 
     @property
     def default_seq_len(self) -> int:

@@ -104,7 +104,7 @@ def read_settings(path: str | Path) -> Settings:
 def check_tensors(checkpoint: Checkpoint, args: ModelArgs) -> None:
     """Raise CheckpointError listing every tensor that is missing, unexpected, or not of the shape the network needs."""
     actual = checkpoint.shapes()
-    if args.n_layers > len(actual):  # an absurd number of layers would make an endless list
+    if args.n_layers > len(actual):  # all that is missing would be a long list
         raise CheckpointError(f"{checkpoint.path}: {len(actual)} tensors can't hold {args.n_layers} layers")
     expected = parameter_shapes(args)
     problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in actual]

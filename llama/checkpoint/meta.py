@@ -152,7 +152,7 @@ def read_params_json(path: Path) -> Settings:
     del types["max_batch_size"], types["max_seq_len"]
     unknown = sorted(set(values) - set(types) - {"max_batch_size", "max_seq_len"})
     if unknown:
-        logger.warning("%s: unknown keys, which are ignored: %s", path, ", ".join(unknown))
+        logger.warning("%s: %d unknown keys, which are ignored: %.500r", path, len(unknown), unknown)
     for name in ("dim", "n_layers", "n_heads"):
         if name not in values:
             raise CheckpointError(f"{path} lacks {name!r}")

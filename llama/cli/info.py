@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from llama.chat_format import ChatFormat, TemplateFormat
-from llama.checkpoint import Checkpoint, Settings, open_checkpoint, parameter_count, read_settings
+from llama.checkpoint import Checkpoint, open_checkpoint, parameter_count, read_settings
+from llama.checkpoint.base import MAX_SIZE
 from llama.checkpoint.gguf import open_parts
 from llama.checkpoint.memory import LLAMA2_VOCAB_SIZE, cache_bytes, free_memory, weight_bytes
 from llama.cli.terminal import require_stdout, to_json
@@ -24,10 +25,6 @@ from llama.sampling_params import check_number
 from llama.tokenizer import Tokenizer
 
 LLAMA3_VOCAB_SIZE = 128256
-
-# Far above the sizes of any model, and low enough to compute with, to list all layers, and to count to n_heads.
-MAX_SIZE = 2**31
-MAX_SIZES = {"n_layers": 2**12, "n_heads": 2**16}
 
 
 def info(
@@ -71,7 +68,6 @@ def info(
     has_settings_file = any((path / name).is_file() for name in ("params.json", "config.json"))
     checkpoint = None if has_settings_file else open_checkpoint(path)
     settings = read_settings(path) if checkpoint is None else checkpoint.settings
-    check_sizes(settings)
     vocab_size = settings.params.get("vocab_size", -1)
     args = settings.model_args(LLAMA2_VOCAB_SIZE if vocab_size == -1 else vocab_size, max_seq_len, max_batch_size)
     args.check(nproc)
@@ -100,13 +96,6 @@ def info(
         return
     for name, value in to_lines(description).items():
         print(escape_control_characters(f"{name:14}{value}".rstrip()))
-
-
-def check_sizes(settings: Settings) -> None:
-    """Raise CheckpointError if a size of a model is absurd: computing with it might never end."""
-    for name, size in settings.params.items():
-        if isinstance(size, int) and size > MAX_SIZES.get(name, MAX_SIZE):
-            raise CheckpointError(f"{settings.path}: {name}={size} is larger than that of any model")
 
 
 def describe_layout(path: Path) -> dict[str, Any]:

@@ -5,6 +5,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from llama.errors import CheckpointError
+from llama.files import require_file
+
 logger = logging.getLogger("llama")
 
 
@@ -18,9 +21,19 @@ def read(path: Path) -> list[dict[str, Any]]:
     """Return the entries of the file; none if it doesn't exist.
 
     What stands after the last newline is ignored: the process that wrote it was killed before it had finished.
+
+    Raises:
+        CheckpointError: it is no ordinary file, or damaged.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    if not path.exists():
+        return []
+    try:
+        entries = [json.loads(line) for line in require_file(path, "the metrics").read_bytes().split(b"\n")[:-1]]
+        if not all(isinstance(entry, dict) and isinstance(entry.get("step"), int) for entry in entries):
+            raise ValueError("a line is no object with a step")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} can't be read: remove {path.parent} to start again ({error})") from error
+    return entries
 
 
 def truncate(path: Path, step: int) -> None:

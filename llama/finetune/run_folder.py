@@ -29,7 +29,7 @@ from llama.distributed import (
     raising_on_all_ranks,
 )
 from llama.errors import CheckpointError, InputError
-from llama.files import read_json, write_json
+from llama.files import first_bytes, read_json, write_json
 from llama.finetune import metrics
 from llama.model import Transformer
 from llama.output_folder import check_free, exclusive, move_into_place, output_path, temporary_path
@@ -189,6 +189,7 @@ class RunFolder:
         if folders:
             path = folders[-1] / self._part_name
             try:
+                first_bytes(path)  # which it has if it is an ordinary file
                 state = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:
                 message = f"{path} can't be read: remove {self.path} to start again"
