@@ -14,6 +14,7 @@ from llama import Llama
 def generate_everything(folder: Path) -> dict:
     """What each kind of call returns, and the number of elements in this process's parameters and in its cache."""
     llama = Llama.build(folder, None, 96, 4, device="cpu", dtype=torch.float32)
+    draft = Llama.build(folder, None, 96, 4, device="cpu", dtype=torch.float32)
     if int(os.environ.get("RANK", "0")):
         torch.rand(1000)  # the tokens are those of rank 0, though the other ranks have another random state
     prompts = [[7, 8, 9], [100] * 40, [5, 6, 5, 6, 5], [300, 301]]
@@ -24,6 +25,9 @@ def generate_everything(folder: Path) -> dict:
         "beams": llama.generate(prompts[:2], 15, num_beams=2, num_return_sequences=2, logprobs=True),
         "stream": [list(piece) for piece in llama.generate_stream(prompts, 12, 1.2, 1.0, seed=3, top_k=40)],
         "text stream": [piece.text for piece in llama.text_completion_stream(["the user"], 1.2, 1.0, 30, seed=5)],
+        "lookup": llama.generate(prompts, 20, 0, logprobs=True, prompt_lookup_num_tokens=3),
+        "draft": llama.generate(prompts[:2], 12, 0.9, 1.0, seed=4, draft_model=draft)[0],
+        "draft's stream": [p.token for p in llama.generate_stream(prompts[3:], 12, 1.2, 1.0, draft_model=draft)],
         "stop": llama.text_completion(["the user"], 0, max_gen_len=20, stop=["e", "t"]),
         "reused cache": llama.generate([[*prompts[0], 5]], 5, 0, reuse_cache=True)[0],
         "parameters": sum(weight.numel() for weight in llama.model.parameters()),

@@ -34,12 +34,12 @@ def test_same_tokens_and_logprobs_as_one_process(tmp_path, n, n_files, n_kv_head
     assert process.returncode == 0, process.stderr
     assert process.stdout == "done\n"  # from rank 0 alone, and nothing from fairscale
     assert all(f"rank {rank} can write to standard error" in process.stderr for rank in range(n))
-    assert process.stderr.count("GB of KV cache") == 1  # only rank 0 logs
+    assert process.stderr.count("GB of KV cache") == 2  # only rank 0 logs, each of two models once
     for rank in range(n):
         results = json.loads((tmp_path / f"results.{rank}").read_text())
-        for name in ("stream", "text stream", "stop", "reused cache", "chat"):
+        for name in ("stream", "text stream", "stop", "reused cache", "chat", "draft"):
             assert results[name] == expected[name], name
-        for name in ("greedy", "sampled", "beams"):
+        for name in ("greedy", "sampled", "beams", "lookup"):
             assert results[name][0] == expected[name][0], name
             for ours, theirs in zip(results[name][1], expected[name][1], strict=True):
                 assert ours == pytest.approx(theirs, abs=1e-4)
