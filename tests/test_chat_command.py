@@ -19,6 +19,7 @@ from conftest import ROOT, tiny_model, write_llama2_tokenizer, write_llama3_toke
 from hypothesis import given
 from hypothesis import strategies as st
 from run_command import Runner, TerminalOutput
+from test_commands import write_circular
 
 from llama import Llama, Tokenizer
 from llama.chat_format import Llama2Format
@@ -26,6 +27,7 @@ from llama.checkpoint import save_checkpoint
 from llama.cli.chat import ChatRequest, answer
 from llama.errors import InputError
 from llama.log import escape_control_characters
+from llama.streaming import Piece
 
 PROMPT = r"\x1b\[\?2004h.*?>"  # switches on bracketed paste, then the prompt at which to type
 ALONE = [sys.executable, "-m", "llama"]
@@ -97,12 +99,14 @@ class Terminal:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [ALONE, UNDER_TORCHRUN], ids=["alone", "torchrun"])
-def test_a_conversation(endless, tmp_path, command):
+@pytest.mark.parametrize(
+    ("command", "with_draft"), [(ALONE, False), (UNDER_TORCHRUN, True)], ids=["alone", "torchrun, with a draft"]
+)
+def test_a_conversation(endless, tmp_path, command, with_draft):
     """Messages, Ctrl-C during an answer, and every command."""
     saved = tmp_path / "saved.json"
-    options = ("--ckpt_dir", endless, "--temperature", 0, "--max_seq_len", 8000, "--dtype", "float32")
-    terminal = Terminal(command, *options)
+    options = ["--ckpt_dir", endless, "--temperature", 0, "--max_seq_len", 8000, "--dtype", "float32"]
+    terminal = Terminal(command, *options, *(["--draft", endless] if with_draft else []))
     assert "/system TEXT" in terminal.type("/help")
 
     # An answer that would take many seconds is stopped, and the part that was printed is kept. What is typed meanwhile,
@@ -260,6 +264,25 @@ def test_answers_are_those_of_chat_completion(runner, endless, tmp_path):
     assert result.stdout == f"{dialog[1]['content']}\n{dialog[3]['content']}\n"
 
 
+def test_how_many_proposed_tokens_are_accepted(runner, endless, tmp_path):
+    circular = write_circular(tmp_path / "circular", endless)
+    options = ["--ckpt_dir", circular, "--temperature", 0, "--max_gen_len", 80, "--dtype", "float32"]
+    lines = ["the user", "/stats", "in the ring", "/stats"]
+    plain = chat(runner, lines, *options)
+    assert "last answer: 80 tokens" in plain.stderr
+    assert "proposed" not in plain.stderr
+    counts = []
+    for proposer in (["--prompt_lookup", 3], ["--draft", circular], ["--draft", endless]):
+        result = chat(runner, lines, *options, *proposer)
+        assert result.stdout == plain.stdout
+        found = re.findall(r"^(\d+) of (\d+) proposed tokens accepted$", result.stderr, re.MULTILINE)
+        assert len(found) == 2
+        counts += [(int(n_accepted), int(n_proposed)) for n_accepted, n_proposed in found]
+    assert all(20 < n_accepted <= n_proposed for n_accepted, n_proposed in counts[:2])
+    assert all(60 < n_accepted == n_proposed for n_accepted, n_proposed in counts[2:4])
+    assert all(n_accepted < n_proposed for n_accepted, n_proposed in counts[4:])
+
+
 def test_a_full_context(runner, endless):
     """Old turns are left out; an answer may end where the context is full; a message may be too long for it."""
     options = ["--ckpt_dir", endless, "--temperature", 0, "--max_seq_len", 200]
@@ -366,6 +389,9 @@ def test_no_control_character_is_left(text):
         (["--seed", "x"], "error: seed='x' must be a whole number"),
         (["--quantize", "int5"], "error: quantize='int5' must be one of ['int8', 'int4']"),
         (["--chat_format", "alpaca"], "error: chat_format='alpaca' must be one of ['llama2', 'llama3', 'chatml']"),
+        (["--prompt_lookup", "x"], "error: prompt_lookup='x' must be a whole number of at least 1"),
+        (["--draft", "x", "--prompt_lookup", "2"], "error: tokens are proposed by prompt_lookup or by draft: give one"),
+        (["--draft", "/nowhere"], "error: draft='/nowhere' does not exist"),
         (["--sytem", "x"], "error: llama chat: unknown option '--sytem'; did you mean --system?"),
     ],
 )
@@ -398,10 +424,10 @@ def test_what_a_terminal_shows_while_a_long_prompt_is_prefilled(monkeypatch, end
         if ending == "interrupted":
             raise KeyboardInterrupt
         for text in ("The", " answer"):
-            yield SimpleNamespace(text=text, token=1, ended=None)
+            yield Piece(0, 1, None, text)
 
     with pytest.raises(InputError) if ending == "error" else contextlib.nullcontext():
-        answer(scripted(stream), ChatRequest([], 0, 1, 10), lambda: False)
+        answer(scripted(stream), ChatRequest([], 0, 1, 10), {}, lambda: False)
     before, _, after = terminal.getvalue().partition("|")
     assert before.strip("\r") == "prefilling the prompt of 123 tokens ..."
     assert re.fullmatch(r"\r +\r" + ("The answer" if ending == "answer" else ""), after)
@@ -420,7 +446,7 @@ def test_ctrl_c_is_heard_before_the_first_piece():
 
     begin = time.monotonic()
     before = threading.active_count()
-    reply = answer(scripted(stream), ChatRequest([], 0, 1, 10), lambda: time.monotonic() - begin > 0.3)
+    reply = answer(scripted(stream), ChatRequest([], 0, 1, 10), {}, lambda: time.monotonic() - begin > 0.3)
     assert (reply.text, reply.ended) == ("", "interrupted")
     assert time.monotonic() - begin < 5
     assert closed == [True]

@@ -7,8 +7,10 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import gguf
 import pytest
@@ -102,6 +104,13 @@ def test_it_is_installed_as_llama():
         (["complete", "hi", "--quantize", "int5"], 1, "error: quantize='int5' must be one of ['int8', 'int4']"),
         (["complete", "hi", "--quantize", "--compile"], 2, "error: llama complete: argument -q/--quantize: expected"),
         (["complete", "hi", "--seed", "x"], 1, "error: seed='x' must be a whole number"),
+        (["complete", "hi", "--prompt_lookup", "0"], 1, "error: prompt_lookup=0 must be a whole number of at least 1"),
+        (["complete", "hi", "--draft", "/nowhere"], 1, "error: draft='/nowhere' does not exist"),
+        (
+            ["complete", "hi", "--ckpt_dir", "/nowhere", "--draft", ".", "--prompt_lookup", "3"],
+            1,
+            "error: tokens are proposed by prompt_lookup or by draft: give one of them",
+        ),
         (["info", ".", "--max_batch_size", "x"], 1, "error: max_batch_size='x' must be a whole number between 1 and 2"),
         (["info", ".", "--dtype", "int3"], 1, "error: dtype='int3' must be one of ['float32', 'float16', 'bfloat16']"),
         (["info", ".", "--quantize", "int5"], 1, "error: quantize='int5' must be one of ['int8', 'int4']"),
@@ -208,6 +217,79 @@ def test_the_likeliest_tokens_in_json(runner, tiny_checkpoint):
     assert (result.returncode, result.stderr) == (1, "error: top_logprobs=3 are printed as JSON only: add --json\n")
     result = runner.llama("complete", "the user", "--json", *options, -1)
     assert result.stderr == "error: top_logprobs=-1 must be a whole number of at least 0\n"
+
+
+def write_circular(folder: Path, source: Path) -> Path:
+    """Copy a checkpoint, but for layers that add nothing: the next token depends on the last one alone, so that greedy
+    texts soon repeat."""
+    shutil.copytree(source, folder)
+    weights = torch.load(folder / "consolidated.00.pth")
+    for name, weight in weights.items():
+        if name.endswith(("wo.weight", "w2.weight")):
+            weight.zero_()
+    torch.save(weights, folder / "consolidated.00.pth")
+    return folder
+
+
+def test_proposed_tokens(runner, tmp_path, tiny_checkpoint):
+    """The same text and logprobs as without; in JSON, how many were proposed and accepted."""
+    circular = write_circular(tmp_path / "circular", tiny_checkpoint)
+    args = ["complete", "the user", "--ckpt_dir", circular, *GREEDY[:2], "--max_gen_len", 80, "--dtype", "float32"]
+    plain = json.loads(runner.llama(*args, "--json").stdout)
+    counts = []
+    for proposer in (["--prompt_lookup", 3], ["--draft", circular], ["--draft", tiny_checkpoint]):
+        printed = json.loads(runner.llama(*args, *proposer, "--json").stdout)
+        counts.append((printed.pop("proposed_tokens"), printed.pop("accepted_tokens")))
+        assert printed["logprobs"] == pytest.approx(plain["logprobs"], abs=1e-4)
+        assert printed | {"logprobs": None} == plain | {"logprobs": None}
+        assert runner.llama(*args, *proposer).stdout == plain["generation"] + "\n"
+    lookup, same_model, other_model = counts
+    assert lookup[1] > 20
+    assert same_model[0] == same_model[1] > 60
+    assert 0 <= other_model[1] < other_model[0]
+
+
+def test_a_draft_leaves_the_seed_as_it_is(runner, tiny_checkpoint):
+    args = ["complete", "the user", "--ckpt_dir", tiny_checkpoint, "--draft", tiny_checkpoint, "--dtype", "float32"]
+    args += ["--temperature", 2, "--max_gen_len", 30]
+    results = [runner.llama(*args, *seed).stdout for seed in (["--seed", 5], ["--seed", 5], ["--seed", 6], [], [])]
+    assert results[0] == results[1]
+    assert len(set(results)) == 4
+    llama, draft = (Llama.build(tiny_checkpoint, None, 96, 1, seed=5, dtype=torch.float32) for _ in range(2))
+    (expected,) = llama.text_completion(["the user"], 2, max_gen_len=30, draft_model=draft)
+    assert results[0] == expected["generation"] + "\n"
+
+
+@pytest.mark.parametrize("command", ["chat", "complete"])
+def test_a_draft_is_built_as_the_model_is(runner, tiny_checkpoint, monkeypatch, caplog, command):
+    builds = record_builds(monkeypatch)
+    args = [
+        command,
+        "--ckpt_dir",
+        tiny_checkpoint,
+        "--draft",
+        tiny_checkpoint,
+        "--max_gen_len",
+        2,
+        "--max_seq_len",
+        500,
+    ]
+    with caplog.at_level(logging.INFO, logger="llama"):
+        result = runner.llama(*args, "--dtype", "float16", "--quantize", "int8", "--compile", stdin="the user\n")
+    assert result.returncode == 0, result.stderr
+    assert builds == 2 * [("int8", True)]
+    assert caplog.text.count("(max_batch_size=1 x max_seq_len=500) in float16 on") == 2
+
+
+@pytest.mark.parametrize("command", ["chat", "complete"])
+def test_a_draft_that_does_not_fit_is_refused_before_the_first_token(runner, tiny_checkpoint, without_bos, command):
+    args = [command, "--ckpt_dir", tiny_checkpoint, "--draft", without_bos, "--max_gen_len", 2, "--max_seq_len"]
+    for max_seq_len, message in (
+        (96, "draft_model has another tokenizer: take a model of the same family, whose ids mean the same"),
+        (129, "max_seq_len=129 is over this model's limit of 128"),
+    ):
+        result = runner.llama(*args, max_seq_len, stdin="the user\n")
+        assert result == (1, "", f"error: draft={str(without_bos)!r}: {message}\n")
 
 
 def test_several_stop_strings(runner, tiny_checkpoint):

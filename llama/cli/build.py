@@ -1,16 +1,19 @@
-"""Building the model that a command works with."""
+"""Building the model that a command works with, and the smaller one that proposes tokens to it."""
 
 import logging
 import secrets
+
+import torch
 
 from llama.chat_format import named_format
 from llama.checkpoint import open_checkpoint
 from llama.default_model import default_checkpoint
 from llama.device import dtype_named
 from llama.errors import InputError
+from llama.files import require_path
 from llama.generation import Llama
 from llama.quantized import check_quantize
-from llama.sampling_params import check_number
+from llama.sampling_params import check_draft_model, check_number
 from llama.tokenizer import Tokenizer
 
 logger = logging.getLogger("llama")
@@ -71,6 +74,58 @@ def build_llama(
         llama.formatter = format_class(llama.tokenizer)
         logger.info("chat format: %s", format_class.description)
     return llama
+
+
+def check_proposers(prompt_lookup: int | None, draft: str | None) -> None:
+    """Check what is to propose tokens (see `llama.speculative`), as far as that goes before a model is loaded.
+
+    Args:
+        prompt_lookup: how many tokens to propose of those that followed the latest ones before; None for none.
+        draft: the checkpoint of a smaller model that proposes tokens; None for none.
+
+    Raises:
+        InputError: a number out of range, or both are given.
+        MissingFileError, CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    if prompt_lookup is not None:
+        check_number("prompt_lookup", prompt_lookup, 1, integer=True)
+        if draft is not None:
+            raise InputError("tokens are proposed by prompt_lookup or by draft: give one of them")
+    if draft is not None:
+        open_checkpoint(require_path(draft, "draft"))
+
+
+def build_draft(
+    draft: str | None, llama: Llama, dtype: str | None, quantize: str | None, compile: bool
+) -> Llama | None:
+    """Build the smaller model that proposes tokens to `llama`, with as large a context, for one prompt at a time.
+
+    Args:
+        draft: its checkpoint; None for none.
+        dtype, quantize, compile: see `build_llama`.
+
+    Raises:
+        InputError: it has another tokenizer, or can't have a context of this size.
+        See `Llama.build` for others.
+    """
+    if draft is None:
+        return None
+    max_seq_len = llama.model.params.max_seq_len
+    try:
+        built = Llama.build(
+            draft,
+            None,
+            max_seq_len,
+            max_batch_size=1,
+            seed=torch.initial_seed(),  # with which `llama` was built
+            dtype=dtype_named(dtype),
+            quantize=quantize,
+            compile=compile,
+        )
+        check_draft_model(built, llama.model, llama.tokenizer, 1, max_seq_len)
+    except InputError as error:
+        raise InputError(f"draft={draft!r}: {error}") from error
+    return built
 
 
 def check_prompt(prompt: str, tokenizer: Tokenizer, max_seq_len: int) -> None:

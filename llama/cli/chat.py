@@ -15,7 +15,7 @@ from typing import NamedTuple, cast
 import torch.distributed as dist
 
 from llama.chat_format import ChatFormat
-from llama.cli.build import build_llama
+from llama.cli.build import build_draft, build_llama, check_proposers
 from llama.cli.terminal import (
     Keyboard,
     interrupting,
@@ -30,6 +30,7 @@ from llama.files import check_json_depth, require_file, writable_file
 from llama.generation import Llama
 from llama.log import escape_control_characters
 from llama.output_folder import write_whole
+from llama.sampling_options import SamplingOptions
 from llama.sampling_params import SamplingParams
 
 # Tokens of the context that are kept free for an answer; a quarter of the context if that is less.
@@ -63,6 +64,7 @@ class Answer(NamedTuple):
     n_tokens: int
     seconds: float
     ended: str  # "stop", "length" or "interrupted"
+    proposals: tuple[int, int] | None  # proposed and accepted tokens; None without any, or if it was interrupted
 
 
 def chat(
@@ -78,6 +80,8 @@ def chat(
     dtype: str | None = None,
     quantize: str | None = None,
     compile: bool = False,
+    prompt_lookup: int | None = None,
+    draft: str | None = None,
     chat_format: str | None = None,
 ) -> None:
     """Talk with a model. In the conversation, /help lists the commands.
@@ -101,27 +105,37 @@ def chat(
             loses some precision
         compile: compile the decoding step, so that it takes less time; compiling takes some 10 to 30 s, and only the
             first time, since its result is kept on disk
+        prompt_lookup: speculative decoding: propose up to this many tokens at a time, those that followed when the
+            latest ones occurred before; it takes less time where an answer quotes the conversation
+        draft: speculative decoding: the checkpoint of a smaller model with the same tokenizer, which proposes tokens;
+            it takes less time where that often says the same
         chat_format: llama2, llama3 or chatml; by default the chat template that the model's files carry, or without one
             the format that its control tokens tell
     """
     # Checks the options before the model is loaded, which may take minutes.
     require_stdout()
     SamplingParams(1 if max_gen_len is None else max_gen_len, temperature, top_p, seed=seed)
+    check_proposers(prompt_lookup, draft)
     llama = build_llama(
         ckpt_dir, tokenizer_path, max_seq_len, dtype, seed, chat_format, quantize=quantize, compile=compile
     )
     formatter = cast(ChatFormat, llama.formatter)  # raises InputError if the model has no chat format
+    options: SamplingOptions = {
+        "prompt_lookup_num_tokens": prompt_lookup,
+        "draft_model": build_draft(draft, llama, dtype, quantize, compile),
+        "reuse_cache": True,
+    }
     if not is_first_rank():
         while (request := broadcast_object(None)) is not None:
             try:
-                answer(llama, request, lambda: False)
+                answer(llama, request, options, lambda: False)
             except (InputError, ArithmeticError):
                 continue  # the first process reports it
         return
     try:
         with Keyboard() as keyboard:
             settings = ChatRequest([], temperature, top_p, max_gen_len)
-            conversation = Conversation(llama, formatter, keyboard, settings)
+            conversation = Conversation(llama, formatter, keyboard, settings, options)
             if system is not None:
                 conversation.execute(f"/system {system}")
             conversation.run()
@@ -129,21 +143,21 @@ def chat(
         broadcast_object(None)
 
 
-def answer(llama: Llama, request: ChatRequest, interrupted: Callable[[], bool]) -> Answer:
+def answer(llama: Llama, request: ChatRequest, options: SamplingOptions, interrupted: Callable[[], bool]) -> Answer:
     """Print a model's answer while it is generated, to its end or until `interrupted()`.
 
     One process asks that at any time, since a long prompt takes long to prefill. Several ask it after each piece: every
     process takes the same pieces, and stops at the same one whatever goes wrong on the first, so that the next object
     that is broadcast is a request for all of them.
     """
-    text, n_tokens, ended = "", 0, "interrupted"
+    text, n_tokens, ended, proposals = "", 0, "interrupted", None
     several = dist.is_initialized()
     watch = interrupting((lambda: False) if several else interrupted)
     prompt_length = len(llama.formatter.encode_dialog_prompt(request.dialog))
     status = status_line(f"prefilling the prompt of {prompt_length} tokens ...")
     begin = time.monotonic()
     stream = llama.chat_completion_stream(
-        [request.dialog], request.temperature, request.top_p, request.max_gen_len, reuse_cache=True
+        [request.dialog], request.temperature, request.top_p, request.max_gen_len, **options
     )
     # Ctrl-C raises KeyboardInterrupt where standard input is not a terminal, and on Windows. The stream is closed at
     # once, even if an error is raised, because the other processes wait for that before they take the next request.
@@ -152,7 +166,7 @@ def answer(llama: Llama, request: ChatRequest, interrupted: Callable[[], bool]) 
             remove_status()
             text += piece.text
             n_tokens += piece.token is not None
-            ended = piece.ended or ended
+            ended, proposals = piece.ended or ended, piece.proposals
             output_error = None
             try:
                 print_piece(piece.text)
@@ -163,7 +177,7 @@ def answer(llama: Llama, request: ChatRequest, interrupted: Callable[[], bool]) 
                 raise output_error
             if stop:
                 break
-    return Answer(text, n_tokens, time.monotonic() - begin, ended)
+    return Answer(text, n_tokens, time.monotonic() - begin, ended, proposals)
 
 
 class Conversation:
@@ -173,11 +187,19 @@ class Conversation:
         llama: the model.
         formatter: its chat format.
         keyboard: where the user's messages and commands come from.
-        settings: the options of every request; its dialog is not used.
+        settings: the options that are broadcast with every request; its dialog is not used.
+        options: the others, which each rank has from its command line.
     """
 
-    def __init__(self, llama: Llama, formatter: ChatFormat, keyboard: Keyboard, settings: ChatRequest) -> None:
-        self.llama, self.formatter = llama, formatter
+    def __init__(
+        self,
+        llama: Llama,
+        formatter: ChatFormat,
+        keyboard: Keyboard,
+        settings: ChatRequest,
+        options: SamplingOptions,
+    ) -> None:
+        self.llama, self.formatter, self.options = llama, formatter, options
         self.keyboard, self.settings = keyboard, settings
         self.dialog: list[Message] = []
         self.last_answer: Answer | None = None
@@ -218,7 +240,7 @@ class Conversation:
             request = self.settings._replace(dialog=self.visible_dialog())
             broadcast_object(request)
             try:
-                reply = answer(self.llama, request, self.keyboard.interrupted)
+                reply = answer(self.llama, request, self.options, self.keyboard.interrupted)
             finally:
                 print(flush=True)
             answered = bool(reply.text)
@@ -345,6 +367,9 @@ class Conversation:
                 f"last answer: {self.last_answer.n_tokens} tokens in {self.last_answer.seconds:.1f} s, "
                 f"{rate:.1f} tokens/s"
             )
+            if self.last_answer.proposals is not None:
+                n_proposed, n_accepted = self.last_answer.proposals
+                notify(f"{n_accepted} of {n_proposed} proposed tokens accepted")
 
 
 def notify(text: str) -> None:
