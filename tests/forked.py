@@ -22,8 +22,9 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 fork_server = multiprocessing.get_context("forkserver")
-# AdamW imports torch._dynamo, in over a second.
-fork_server.set_forkserver_preload(["torch._dynamo", "torch.distributed.nn", "llama.finetune", "llama.cli"])
+# AdamW imports torch._dynamo, in over a second, and the plot of the losses is made by matplotlib.
+PRELOADED = ["torch._dynamo", "torch.distributed.nn", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+fork_server.set_forkserver_preload([*PRELOADED, "llama.finetune", "llama.cli"])
 
 
 class Finished(NamedTuple):

@@ -1,4 +1,4 @@
-"""Builds a checkpoint and saves all that it generates: run under torchrun by test_parallel.py."""
+"""Builds a checkpoint and saves all that it generates: run by test_parallel.py in several processes."""
 
 import json
 import logging

@@ -40,7 +40,7 @@ def hugging_face_split(tokens: list[AddedToken], text: str) -> list[str | int]:
     return parts
 
 
-@examples(1000)
+@examples(500)
 @given(lists_of_tokens, st.text(LETTERS, max_size=12) | st.lists(contents, max_size=6).map("".join))
 @example({"ab": {"single_word": True}}, "ab ab_ -ab-éab")
 @example({"ab": {}, "abb": {}, "ba": {}}, "abbabba")

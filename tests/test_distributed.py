@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import torchrun
+from forked import fork_python
 
 from llama import distributed
 from llama.errors import InputError
@@ -245,6 +246,7 @@ os._exit(0)  # the groups can't be destroyed in order any more
 @pytest.mark.parametrize("group_of", ["torchrun", "caller"])
 def test_two_processes(tmp_path, group_of):
     (tmp_path / "script.py").write_text(SCRIPT)
-    process = torchrun(2, tmp_path / "script.py", tmp_path, group_of)
+    command = (tmp_path / "script.py", tmp_path, group_of)
+    process = torchrun(2, *command) if group_of == "torchrun" else fork_python(*command, ranks=2)
     assert process.returncode == 0, process.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"script.py", group_of}

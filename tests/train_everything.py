@@ -1,4 +1,4 @@
-"""Trains a checkpoint in several ways and records the results: run under torchrun by test_finetune_parallel.py."""
+"""Trains a checkpoint in several ways and records the results: run by test_finetune_parallel.py in several ranks."""
 
 import os
 import random
