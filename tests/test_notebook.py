@@ -81,6 +81,7 @@ def test_messages_are_not_shown_elsewhere():
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_the_notebook_in_docs():
     """It shows what is kept in the file. After a change of the notebook, run this module, which writes that."""
     notebook, kept = nbformat.read(NOTEBOOK, as_version=4), nbformat.read(NOTEBOOK, as_version=4)
