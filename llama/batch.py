@@ -293,7 +293,7 @@ def sample_rows(
         generator=generator,
     )
     # What the logits processors see of the tokens, (rows, length).
-    input_ids = left_padded(tokens, logits.device) if params.logits_processors else torch.empty(0)
+    input_ids = left_padded(tokens, logits.device, max(lengths)) if params.logits_processors else torch.empty(0)
 
     def process(logits: torch.Tensor) -> torch.Tensor:
         return params.process(model, input_ids, logits)

@@ -168,7 +168,7 @@ class BeamSearch:
         logprobs = torch.log_softmax(logits, dim=-1)  # (prompts * num_beams, vocab_size)
         processed_logprobs = logprobs
         if self.params.logits_processors:  # whose probabilities don't sum to 1 any more, as in Hugging Face's
-            processed_logprobs = self.params.process(self.model, left_padded(tokens, logits.device), logprobs)
+            processed_logprobs = self.params.process(self.model, left_padded(tokens, logits.device, self.end), logprobs)
         if self.totals is None:
             self.totals = logits.new_tensor([beam.total for beam in self._beams()])
         vocab_size = logprobs.shape[-1]

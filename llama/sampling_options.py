@@ -5,7 +5,7 @@ import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, ParamSpec, TypedDict, TypeVar
 
 from llama.protocols import TextGenerator
@@ -47,7 +47,7 @@ class SamplingOptions(TypedDict, total=False):
     length_penalty: float
     early_stopping: bool | Literal["never"]
     stop: str | Iterable[str] | None
-    logits_processor: LogitsProcessor | Iterable[LogitsProcessor] | None
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None
     seed: int | None
     reuse_cache: bool
     top_logprobs: int

@@ -47,7 +47,7 @@ class SamplingParams:
     early_stopping: bool | Literal["never"] = False
     stop: str | Iterable[str] | None = None
     stop_strings: tuple[str, ...] = field(init=False)
-    logits_processor: LogitsProcessor | Iterable[LogitsProcessor] | None = None
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None
     logits_processors: tuple[LogitsProcessor, ...] = field(init=False)
     top_logprobs: int = 0
     prompt_lookup_num_tokens: int | None = None
@@ -175,14 +175,16 @@ class SamplingParams:
         return processed.to(scores)
 
 
-def left_padded(rows: list[list[int]], device: torch.device) -> torch.Tensor:
+def left_padded(rows: list[list[int]], device: torch.device, length: int) -> torch.Tensor:
     """Rows of ids as one tensor, (rows, length) int64, for logits processors.
 
     Shorter rows are padded on the left with their own first token: so no row holds a token that isn't in it anyway, and
     a penalty for tokens that have occurred, for example, does not depend on the other rows.
+
+    Args:
+        length: of the longest row, or more.
     """
-    longest = max(map(len, rows))
-    return torch.tensor([row[:1] * (longest - len(row)) + row for row in rows], device=device)
+    return torch.tensor([row[:1] * (length - len(row)) + row for row in rows], device=device)
 
 
 def check_number(name: str, value: Any, minimum: float, maximum: float = math.inf, *, integer: bool = False) -> None:
@@ -264,9 +266,7 @@ def check_draft_model(
         )
     tokenizers: tuple[Any, Any] = (draft.tokenizer, tokenizer)
     if not have_same_tokens(*tokenizers, getattr(model.params, "vocab_size", -1)):
-        raise InputError(
-            "draft_model has another tokenizer: take a model of the same family, whose ids mean the same"
-        )
+        raise InputError("draft_model has another tokenizer: take a model of the same family, whose ids mean the same")
 
 
 @functools.lru_cache(maxsize=16)

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from conftest import ScriptedModel, ScriptedTokenizer, hugging_face_twin, tiny_model
+from conftest import CachelessBeams, ScriptedModel, ScriptedTokenizer, hugging_face_twin, tiny_model
 
 from llama import Llama
 from llama.errors import InputError
@@ -187,6 +187,21 @@ def test_what_a_processor_sees_of_beams(llama):
     padded = [[3, 3, 3, 1, 4, 1, 5], [9, 9, 9, 9, 9, 2, 6], UNEQUAL_PROMPTS[2]]
     assert seen[0].tolist() == [prompt for prompt in padded for _ in range(2)]
     assert [input_ids.shape for input_ids in seen] == [(6, 7), (6, 8), (6, 9)]
+
+
+def test_beams_go_on_when_those_of_the_longest_prompt_are_found():
+    """Each row keeps its padding, since processors know a row by the ids that it had, or count them."""
+    seen = []
+
+    def record(input_ids, scores):
+        seen.append(input_ids)
+        return scores
+
+    llama = Llama(CachelessBeams(), ScriptedTokenizer([9]))  # it has 32 positions, of which a prompt leaves two
+    tokens, _ = llama.generate([[3] * 30, [20, 21]], 6, num_beams=2, logits_processor=record)
+    assert list(map(len, tokens)) == [2, 6]
+    assert [input_ids.shape for input_ids in seen] == [(4, 30 + step) for step in range(6)]
+    assert all(row == [20] * 29 + [21] for input_ids in seen for row in input_ids[2:, :30].tolist())
 
 
 def test_several_processors_in_order(llama):
