@@ -105,7 +105,7 @@ def test_damaged_files_are_refused_with_our_own_exceptions(tmp_path, monkeypatch
     files = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     outcomes: Counter[str] = Counter()
 
-    @settings(max_examples=600, suppress_health_check=list(HealthCheck), deadline=3000)
+    @settings(max_examples=300, suppress_health_check=list(HealthCheck), deadline=3000)
     @given(st.data())
     def open_damaged_file(data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(files)))

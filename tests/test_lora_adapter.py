@@ -13,13 +13,13 @@ from conftest import (
     examples,
     hugging_face_twin,
     load,
-    run_python,
     same_weights,
     tiny_model,
     write_gguf,
     write_meta_checkpoint,
     write_tokenizer_json,
 )
+from forked import fork_python
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -529,7 +529,7 @@ def test_what_is_no_adapter(tmp_path, base):
 def test_the_command(tmp_path, base):
     adapter = write_adapter(tmp_path / "adapter", base[0])
     command = ("-m", "llama", "convert", "--from", base[1], "--to", tmp_path / "merged", "--adapter", adapter)
-    run = run_python(*command)
+    run = fork_python(*command)
     assert run.returncode == 0, run.stderr
     merge_by_hand(base[0], adapter, lambda module: 3 / 4)
     assert torch.allclose(logits(load(tmp_path / "merged")), logits(base[0]), atol=1e-4)
