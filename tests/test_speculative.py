@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import threading
 
 import pytest
 import torch
@@ -292,8 +293,18 @@ def test_the_cache_is_reused_after_it(llama):
         cached = llama.model.cache.tokens[0]
         assert cached == (prompt + answer)[: len(cached)]
         assert len(cached) >= len(prompt + answer) - 1
+        if "draft_model" in options:
+            cached = options["draft_model"].model.cache.tokens[0]
+            assert len(cached) > len(prompt)
+            assert cached == (prompt + answer)[: len(cached)]
         expected = build().generate([longer], 10, 0)[0]
         assert llama.generate([longer], 10, 0, reuse_cache=True, **options)[0] == expected
+
+
+@pytest.mark.parametrize("kind", DRAFTS)
+def test_a_row_that_fills_the_context_leaves_the_others_to_go_on(llama, kind):
+    prompts = [[5, 6, 7] * 31, [5, 6, 5, 6, 5]]  # the first has 96 - 93 tokens left
+    assert llama.generate(prompts, 60, 0, **DRAFTS[kind]) == llama.generate(prompts, 60, 0)
 
 
 def test_junk_of_earlier_calls_does_not_spread(llama):
@@ -304,12 +315,17 @@ def test_junk_of_earlier_calls_does_not_spread(llama):
 
 
 def test_a_network_that_computes_nan_is_told(llama):
-    damaged = build(noise=0.05)
+    def infinite_in_the_end(input_ids, scores):
+        return scores + math.inf if input_ids.shape[1] > 20 else scores
+
+    damaged, endless = build(noise=0.05), Llama(llama.model, ScriptedTokenizer(stop_tokens=()))
     with torch.no_grad():
         damaged.model.output.weight[7] = math.nan
     for temperature in (0, 0.8):
         with pytest.raises(ArithmeticError, match="NaN or infinity"):
             damaged.generate([[5, 6]], 10, temperature, draft_model=llama)
+        with pytest.raises(ArithmeticError, match="after the logits_processor"):
+            endless.generate([[5, 6] * 4], 30, temperature, logits_processor=infinite_in_the_end, **LOOKUP)
         # A damaged draft proposes nonsense, which is not accepted.
         llama.generate([[5, 6]], 10, temperature, draft_model=damaged, seed=1)
     assert llama.generate([[5, 6]], 10, 0, draft_model=damaged) == llama.generate([[5, 6]], 10, 0)
@@ -326,14 +342,22 @@ def test_a_second_network_takes_proposals():
     assert models[0].generate(prompts, 30, 0, draft_model=models[1]) == plain
 
 
-def test_calls_on_the_draft_wait_for_each_other(llama):
-    """A stream that is proposed to, and calls on its draft meanwhile."""
+def test_a_call_on_the_draft_waits_until_it_is_no_longer_needed(llama):
     draft = DRAFTS["other draft"]["draft_model"]
-    expected = draft.generate([[7, 8]], 5, 0), llama.generate([[5, 6]], 60, 0)[0][0]
-    stream = llama.generate_stream([[5, 6]], 60, 0, draft_model=draft)
-    tokens = [next(stream).token]
-    assert draft.generate([[7, 8]], 5, 0) == expected[0]
-    assert tokens + [piece.token for piece in stream if piece.token is not None] == expected[1]
+    expected = draft.generate([[7, 8]], 5, 0), llama.generate([[5, 6]], 30, 0)
+    results, threads = [], []
+
+    def call_draft(input_ids, scores):
+        if not threads:
+            threads.append(threading.Thread(target=lambda: results.append(draft.generate([[7, 8]], 5, 0))))
+            threads[0].start()
+            threads[0].join(0.3)
+            assert threads[0].is_alive()
+        return scores
+
+    assert llama.generate([[5, 6]], 30, 0, draft_model=draft, logits_processor=call_draft) == expected[1]
+    threads[0].join()
+    assert results == [expected[0]]
 
 
 # What is refused
