@@ -21,10 +21,15 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 
-fork_server = multiprocessing.get_context("forkserver")
 # AdamW imports torch._dynamo, in over a second, and the plot of the losses is made by matplotlib.
 PRELOADED = ["torch._dynamo", "torch.distributed.nn", "matplotlib.figure", "matplotlib.backends.backend_agg"]
-fork_server.set_forkserver_preload([*PRELOADED, "llama.finetune", "llama.cli"])
+PRELOADED += ["llama.finetune", "llama.cli"]
+
+if "forkserver" in multiprocessing.get_all_start_methods():
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    new_process = multiprocessing.get_context("forkserver").Process
+else:  # Windows
+    new_process = multiprocessing.get_context("spawn").Process
 
 
 class Finished(NamedTuple):
@@ -65,7 +70,7 @@ class ForkedProgram:
             variables |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             environment = dict(os.environ) | ({name: str(value) for name, value in variables.items()} if ranks else {})
             arguments = ([str(part) for part in command], environment, Path(self._folder.name))
-            self.processes.append(fork_server.Process(target=run_program, args=arguments))
+            self.processes.append(new_process(target=run_program, args=arguments))
             self.processes[-1].start()
 
     def __enter__(self) -> "ForkedProgram":
@@ -81,7 +86,7 @@ class ForkedProgram:
         for process in self.processes:
             process.join()
 
-    def finish(self, timeout: float = 120) -> Finished:
+    def finish(self, timeout: float = 300) -> Finished:
         """Wait for the end. When a process fails the others are ended, as by torchrun.
 
         Args:
@@ -101,7 +106,7 @@ class ForkedProgram:
         return Finished(returncode, **output)
 
 
-def fork_python(*command: str | Path, ranks: int | None = None, timeout: float = 120) -> Finished:
+def fork_python(*command: str | Path, ranks: int | None = None, timeout: float = 300) -> Finished:
     """Run a program to its end: see `ForkedProgram` and its `finish`."""
     return ForkedProgram(*command, ranks=ranks).finish(timeout)
 
