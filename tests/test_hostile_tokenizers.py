@@ -120,8 +120,8 @@ def test_damaged_files_are_refused_with_our_own_exceptions(tmp_path, monkeypatch
     open_damaged_file()
     counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
     record_property("summary", f"damaged tokenizers, {kind}{' (older files)' if older else ''}: {counts}")
-    assert outcomes["CheckpointError"] > 20
-    assert outcomes["opened"] > 50
+    assert outcomes["CheckpointError"] > 50
+    assert outcomes["opened"] > 20
 
 
 def open_and_encode(path: Path) -> str:
