@@ -37,7 +37,7 @@ def test_same_tokens_and_logprobs_as_one_process(tmp_path, n, n_files, n_kv_head
     assert process.stderr.count("GB of KV cache") == 2  # only rank 0 logs, each of two models once
     for rank in range(n):
         results = json.loads((tmp_path / f"results.{rank}").read_text())
-        for name in ("stream", "text stream", "stop", "reused cache", "chat", "draft"):
+        for name in ("stream", "text stream", "stop", "reused cache", "chat", "draft", "draft's stream"):
             assert results[name] == expected[name], name
         for name in ("greedy", "sampled", "beams", "lookup"):
             assert results[name][0] == expected[name][0], name
