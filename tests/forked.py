@@ -52,6 +52,7 @@ class ForkedProgram:
         command: a script and its arguments, or "-m", a module and its arguments.
         ranks: the number of processes, each of which has the environment that torchrun gives it; None for one process
             outside torchrun.
+        terminal: the path of a terminal, which the program is to have as its own, for input and output; None for files.
 
     It is a context manager, which kills what still runs at the end of the block.
 
@@ -59,7 +60,7 @@ class ForkedProgram:
         processes: by rank.
     """
 
-    def __init__(self, *command: str | Path, ranks: int | None = None) -> None:
+    def __init__(self, *command: str | Path, ranks: int | None = None, terminal: str | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory()
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
@@ -69,7 +70,7 @@ class ForkedProgram:
             variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
             variables |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             environment = dict(os.environ) | ({name: str(value) for name, value in variables.items()} if ranks else {})
-            arguments = ([str(part) for part in command], environment, Path(self._folder.name))
+            arguments = ([str(part) for part in command], environment, Path(self._folder.name), terminal)
             self.processes.append(new_process(target=run_program, args=arguments))
             self.processes[-1].start()
 
@@ -111,12 +112,21 @@ def fork_python(*command: str | Path, ranks: int | None = None, timeout: float =
     return ForkedProgram(*command, ranks=ranks).finish(timeout)
 
 
-def run_program(command: list[str], environment: dict[str, str], folder: Path) -> None:
-    """What a forked process does: run the program as Python would, its output appended to files in the folder."""
-    for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.dup2(file, descriptor)
-        os.close(file)
+def run_program(command: list[str], environment: dict[str, str], folder: Path, terminal: str | None) -> None:
+    """What a forked process does: run the program as Python would.
+
+    Args:
+        command, terminal: see `ForkedProgram`.
+        environment: its environment variables.
+        folder: of the files "stdout" and "stderr", to which its output is appended unless it has a terminal.
+    """
+    if terminal is None:
+        for descriptor, name in ((1, "stdout"), (2, "stderr")):
+            file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            os.dup2(file, descriptor)
+            os.close(file)
+    else:
+        take_terminal(terminal)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
@@ -133,3 +143,13 @@ def run_program(command: list[str], environment: dict[str, str], folder: Path) -
             runpy.run_path(command[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()
+
+
+def take_terminal(path: str) -> None:
+    """Begin a session, whose terminal this becomes: Ctrl-C typed there interrupts this process."""
+    os.setsid()
+    file = os.open(path, os.O_RDWR)
+    for descriptor in range(3):
+        os.dup2(file, descriptor)
+    os.close(file)
+    sys.stdin, sys.stdout, sys.stderr = (open(i, mode, closefd=False) for i, mode in enumerate("rww"))  # noqa: SIM115

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 import torch
 from chat_templates import Style, write_folder
 from conftest import ROOT, tiny_model, write_llama2_tokenizer, write_llama3_tokenizer, write_meta_checkpoint
+from forked import ForkedProgram
 from hypothesis import given
 from hypothesis import strategies as st
 from run_command import Runner, TerminalOutput
@@ -30,8 +32,8 @@ from llama.log import escape_control_characters
 from llama.streaming import Piece
 
 PROMPT = r"\x1b\[\?2004h.*?>"  # switches on bracketed paste, then the prompt at which to type
-ALONE = [sys.executable, "-m", "llama"]
-UNDER_TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "llama"]
+ALONE = ["-m", "llama"]
+UNDER_TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "llama"]
 
 
 @pytest.fixture
@@ -52,71 +54,95 @@ def endless(tmp_path_factory):
 
 
 class Terminal:
-    """`llama chat` at a pseudo-terminal, which Windows does not have."""
+    """A program at a pseudo-terminal, which Windows does not have.
 
-    def __init__(self, command, *options):
-        import pexpect
+    Args:
+        command: see `ForkedProgram`.
+    """
 
-        environment = os.environ | {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", "OMP_NUM_THREADS": "1"}
-        self.process = pexpect.spawn(
-            command[0],
-            [*command[1:], "chat", *map(str, options)],
-            env=environment | {"PYTHONPATH": str(ROOT)},
-            cwd=ROOT,
-            encoding="utf-8",
-            timeout=60,
-            dimensions=(40, 300),
-        )
-        self.wait_for_prompt()
+    def __init__(self, *command):
+        import fcntl
+        import termios
+
+        from pexpect.fdpexpect import fdspawn
+
+        self.descriptor, self.other_end = os.openpty()
+        fcntl.ioctl(self.descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 300, 0, 0))
+        self.expected = fdspawn(self.descriptor, encoding="utf-8", timeout=60)
+        self.program = ForkedProgram(*command, terminal=os.ttyname(self.other_end))
 
     def wait_for_prompt(self) -> str:
         """Wait until a message can be typed; return what was printed before."""
-        self.process.expect(PROMPT)
-        return re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", self.process.before).replace("\r", "")
+        self.expected.expect(PROMPT)
+        return re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", self.expected.before).replace("\r", "")
+
+    def send(self, keys: str) -> None:
+        self.expected.send(keys)
 
     def type(self, keys: str) -> str:
         """Type a line; return what was printed until the next prompt."""
-        self.process.send(keys + "\r")
+        self.send(keys + "\r")
         return self.wait_for_prompt()
 
     def begin(self, message: str) -> None:
         """Type a message, and wait for the first characters of its answer."""
-        self.process.send(message + "\r")
-        self.process.expect(r"\x1b\[\?2004l")  # the end of the typed line
-        self.process.expect(r"\S")
+        self.send(message + "\r")
+        self.expected.expect(r"\x1b\[\?2004l")  # the end of the typed line
+        self.expected.expect(r"\S")
 
     def leave(self, keys: str = "/quit\r") -> int:
         """Leave the conversation; return the exit code."""
-        self.process.send(keys)
+        self.send(keys)
         self.wait_for_end()
-        self.process.close()
-        return self.process.exitstatus
+        return self.program.processes[0].exitcode
 
     def wait_for_end(self) -> None:
+        """Wait until the program has ended, and with it all processes that it has started."""
         import pexpect
 
-        self.process.expect(pexpect.EOF)
+        os.close(self.other_end)  # now only the program's processes have the terminal open
+        self.expected.expect(pexpect.EOF)
+        self.program.processes[0].join()
+
+
+@pytest.fixture
+def start_chat(monkeypatch):
+    """A function that starts `llama chat` at a terminal, and waits until a message can be typed."""
+    for name, value in {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    terminals = []
+
+    def start(command, *options) -> Terminal:
+        terminals.append(Terminal(*command, "chat", *options))
+        terminals[-1].wait_for_prompt()
+        return terminals[-1]
+
+    yield start
+    for terminal in terminals:
+        terminal.program.kill()
+        os.close(terminal.descriptor)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "with_draft"), [(ALONE, False), (UNDER_TORCHRUN, True)], ids=["alone", "torchrun, with a draft"]
 )
-def test_a_conversation(endless, tmp_path, command, with_draft):
+def test_a_conversation(start_chat, endless, tmp_path, command, with_draft):
     """Messages, Ctrl-C during an answer, and every command."""
     saved = tmp_path / "saved.json"
     options = ["--ckpt_dir", endless, "--temperature", 0, "--max_seq_len", 8000, "--dtype", "float32"]
-    terminal = Terminal(command, *options, *(["--draft", endless] if with_draft else []))
+    terminal = start_chat(command, *options, *(["--draft", endless] if with_draft else []))
     assert "/system TEXT" in terminal.type("/help")
 
     # An answer that would take many seconds is stopped, and the part that was printed is kept. What is typed meanwhile,
     # arrow keys and pasted text among it, is forgotten with Ctrl-C.
     terminal.begin("the user")
-    terminal.process.send("\x1b[A/st\x1b[200~ats\x1b[201~")
+    terminal.send("\x1b[A/st\x1b[200~ats\x1b[201~")
     time.sleep(0.2)
-    terminal.process.send("\x03")
+    terminal.send("\x03")
     assert "(stopped)" in terminal.wait_for_prompt()
-    terminal.process.send("\x03")
+    terminal.send("\x03")
     terminal.wait_for_prompt()
     stats = terminal.type("/stats")
     assert 0 < int(re.search(r"context: (\d+) of 8000 tokens", stats)[1]) < 7900
@@ -150,7 +176,7 @@ def test_a_conversation(endless, tmp_path, command, with_draft):
     assert "(loaded 2 messages" in terminal.type(f"/load {saved}")
 
     # Ctrl-C at the prompt deletes what was typed; a backslash begins another line; an arrow key brings back a command.
-    terminal.process.send("nonsense\x03")
+    terminal.send("nonsense\x03")
     terminal.wait_for_prompt()
     terminal.type("/system in\\\rthe user")
     terminal.type(f"/save {saved}")
@@ -160,12 +186,12 @@ def test_a_conversation(endless, tmp_path, command, with_draft):
 
 
 @pytest.mark.slow
-def test_keys_during_an_answer_begin_the_next_message(endless):
-    terminal = Terminal(ALONE, "--ckpt_dir", endless, "--temperature", 0, "--max_gen_len", 1500, "--dtype", "float32")
+def test_keys_during_an_answer_begin_the_next_message(start_chat, endless):
+    terminal = start_chat(ALONE, "--ckpt_dir", endless, "--temperature", 0, "--max_gen_len", 700, "--dtype", "float32")
     terminal.begin("the user")
-    terminal.process.send("\x1b[A/sta\x1bOB\x1b[200~ts\x1b[201~")
+    terminal.send("\x1b[A/sta\x1bOB\x1b[200~ts\x1b[201~")
     terminal.wait_for_prompt()
-    assert "last answer: 1500 tokens" in terminal.type("")
+    assert "last answer: 700 tokens" in terminal.type("")
     assert terminal.leave("\x04") == 0
 
 
@@ -213,16 +239,16 @@ def test_lines_typed_ahead_are_messages_of_their_own():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("answering", [False, True])
-def test_the_terminal_is_restored_when_the_program_is_terminated(endless, answering):
+def test_the_terminal_is_restored_when_the_program_is_terminated(start_chat, endless, answering):
     import termios
 
-    terminal = Terminal(ALONE, "--ckpt_dir", endless, "--temperature", 0, "--max_seq_len", 8000)
+    terminal = start_chat(ALONE, "--ckpt_dir", endless, "--temperature", 0, "--max_seq_len", 8000)
     before = termios.tcgetattr(os.openpty()[1])
     if answering:
         terminal.begin("the user")
-    terminal.process.kill(signal.SIGTERM)
+    terminal.program.processes[0].terminate()
     terminal.wait_for_end()
-    after = termios.tcgetattr(terminal.process.child_fd)
+    after = termios.tcgetattr(terminal.descriptor)
     flags = termios.ECHO | termios.ICANON | termios.ISIG
     assert (after[3] & flags, after[6][termios.VINTR]) == (before[3] & flags | flags, before[6][termios.VINTR])
 
@@ -231,7 +257,7 @@ def test_the_terminal_is_restored_when_the_program_is_terminated(endless, answer
 @pytest.mark.parametrize("command", [ALONE, UNDER_TORCHRUN], ids=["alone", "torchrun"])
 def test_the_output_pipe_is_closed(endless, command):
     """Every process ends, without a message."""
-    chat = " ".join([*command, f"chat --ckpt_dir {endless} --temperature 0 --max_gen_len 3000"])
+    chat = " ".join([sys.executable, *command, f"chat --ckpt_dir {endless} --temperature 0 --max_gen_len 3000"])
     result = subprocess.run(
         ["bash", "-c", f"yes 'the user' | head -4 | {chat} | head -c 5; code=${{PIPESTATUS[2]}}; echo; echo $code"],
         capture_output=True,
