@@ -3,7 +3,6 @@
 `generate_batch` collects what `generate_pieces` yields; `stream_batch` has a thread produce it.
 """
 
-import contextlib
 import functools
 import hashlib
 import math
@@ -20,12 +19,12 @@ from llama.dialog import CompletionPrediction, LikelyToken
 from llama.distributed import broadcast_flag, check_ranks_agree, model_parallel_size
 from llama.errors import InputError
 from llama.kv_cache import KVCache
-from llama.model_lock import lock_of
+from llama.model_lock import lock_of, turn_on
 from llama.non_finite import explain_non_finite
 from llama.out_of_memory import explain_generation, is_out_of_memory
 from llama.positions import fixed_end, has_fixed_steps
 from llama.protocols import Cache, CachedModel, LanguageModel, TextTokenizer
-from llama.sampling import ranked_logprobs, sample
+from llama.sampling import ranked_logprobs, sample, sampling_probs
 from llama.sampling_params import SamplingParams, check_prompts, left_padded
 from llama.speculative import WAITS, speculate
 from llama.streaming import EndReason, Piece, RowOutput, StopCriteria, Stopped, produce_in_thread
@@ -51,7 +50,8 @@ def generate_batch(
     check = functools.partial(check_on_all_ranks, "generate") if dist.is_initialized() else check_prompts
     prompts = check(prompt_tokens, model, tokenizer, params)
     results = [RowResult() for _ in range(len(prompts) * params.num_return_sequences)]
-    with lock_of(model).turn():
+    draft = params.draft_model
+    with lock_of(model).turn() if draft is None else turn_on([lock_of(model), lock_of(draft.model)]):
         for piece in generate_pieces(model, tokenizer, prompts, params, text=bool(params.stop_strings)):
             result = results[piece.row]
             if piece.token is not None:
@@ -120,7 +120,8 @@ def stream_batch(
     check = functools.partial(check_on_all_ranks, "generate_stream") if dist.is_initialized() else check_prompts
     prompts = check(prompt_tokens, model, tokenizer, params)
     produce = functools.partial(generate_pieces, model, tokenizer, prompts, params, text=text)
-    return produce_in_thread(lock_of(model), produce)
+    models = [model] if params.draft_model is None else [model, params.draft_model.model]
+    return produce_in_thread(list(map(lock_of, models)), produce)
 
 
 def check_on_all_ranks(
@@ -142,7 +143,8 @@ def check_on_all_ranks(
         objects = ("stop", "logits_processor", "logits_processors", "draft_model")  # others on each rank
         arguments = {name: repr(value) for name, value in vars(params).items() if name not in objects}
         arguments["logits_processor"] = f"{len(params.logits_processors)} function(s)"
-        arguments["draft_model"] = "None" if params.draft_model is None else "a model"
+        draft = params.draft_model
+        arguments["draft_model"] = "None" if draft is None else repr(getattr(draft.model.params, "__dict__", "a model"))
         arguments["method"] = method
         arguments["prompts"] = f"{len(prompts)} of {sum(map(len, prompts))} tokens with the checksum {digest}"
         check_ranks_agree(arguments, error)
@@ -173,8 +175,6 @@ def generate_pieces(
         CheckpointError: a file that the weights are mapped from has been cut.
         MemoryError: not enough memory; the message says for what, and what to lower.
     """
-    if (mapped_files := getattr(model, "mapped_files", None)) is not None:
-        mapped_files.check()
     max_new_tokens = [min(params.max_gen_len, model.params.max_seq_len - len(prompt)) for prompt in prompts]
     is_left = None if should_stop is None else lambda: broadcast_flag(should_stop())
     score_prompts = params.echo and params.logprobs
@@ -192,7 +192,7 @@ def generate_pieces(
             for position, token in enumerate(prompts[i] if params.echo else ()):
                 yield Piece(row, token, prompt_logprobs[i][position] if score_prompts else None, "")
             if max_new_tokens[i] < 1:
-                yield Piece(row, None, None, "", "length")
+                yield Piece(row, None, None, "", "length", proposals=(0, 0) if params.is_speculative else None)
         if max(max_new_tokens) < 1:
             return
         stage = "decode"
@@ -208,14 +208,11 @@ def generate_pieces(
             yield from beams.pieces()
         else:
             outputs = [RowOutput(row, criteria[row // params.rows_per_prompt]) for row in range(len(rows))]
-            with contextlib.ExitStack() as turns:
-                if params.draft_model is not None:
-                    draft, stage = cast(CachedModel, params.draft_model.model), "prefill"
-                    if lock_of(draft).queue is not lock_of(model).queue:
-                        turns.enter_context(lock_of(draft).turn())
-                    prefill_rows(draft, draft.setup_cache(), prompts, params, end, False, is_left)
-                    stage = "decode"
-                yield from sample_rows(model, cache, logits, rows, params, outputs, is_left)
+            if params.draft_model is not None:
+                draft, stage = cast(CachedModel, params.draft_model.model), "prefill"
+                prefill_rows(draft, draft.setup_cache(), prompts, params, end, False, is_left)
+                stage = "decode"
+            yield from sample_rows(model, cache, logits, rows, params, outputs, is_left)
     except Stopped:
         return
     except (RuntimeError, MemoryError) as error:
@@ -243,6 +240,8 @@ def prefill_rows(
     Returns:
         The logits of each row's next token, (rows, vocab_size); and the logprobs of each prompt's tokens.
     """
+    if (mapped_files := getattr(model, "mapped_files", None)) is not None:
+        mapped_files.check()
     longest = max(map(len, prompts))
     start_pos = common_prefix(prompts, cache.tokens) if params.reuse_cache and cache is not None else 0
     if isinstance(cache, KVCache) and has_fixed_steps(cache.keys.device):
@@ -285,13 +284,8 @@ def sample_rows(
     """
     lengths = list(map(len, tokens))
     generator = None if params.seed is None else torch.Generator(logits.device).manual_seed(int(params.seed))
-    sample_plain = functools.partial(
-        sample,
-        temperature=float(params.temperature),
-        top_p=float(params.top_p),
-        top_k=params.top_k,
-        generator=generator,
-    )
+    temperature, top_p, top_k = float(params.temperature), float(params.top_p), params.top_k
+    sample_plain = functools.partial(sample, temperature=temperature, top_p=top_p, top_k=top_k, generator=generator)
     # What the logits processors see of the tokens, (rows, length).
     input_ids = left_padded(tokens, logits.device, max(lengths)) if params.logits_processors else torch.empty(0)
 
@@ -304,8 +298,9 @@ def sample_rows(
     select = sample_processed if params.logits_processors else sample_plain
     score_tokens = functools.partial(ranked_logprobs, n=params.top_logprobs) if params.logprobs else None
     if params.is_speculative:
+        probs = functools.partial(sampling_probs, temperature=temperature, top_p=top_p, top_k=top_k)
         steps = speculate(
-            model, logits, tokens, outputs, params, select, process, generator=generator, score_tokens=score_tokens
+            model, logits, tokens, outputs, params, select, process, probs, generator, score_tokens=score_tokens
         )
     else:
         steps = decode(model, logits, lengths, select, score_tokens=score_tokens)

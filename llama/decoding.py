@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from llama.device import device_of
 from llama.distributed import broadcast
 from llama.model import Transformer
+from llama.positions import start_positions
 from llama.protocols import LanguageModel
 from llama.sampling import token_logprobs
 from llama.streaming import stoppable
@@ -41,8 +43,7 @@ def prefill(
     # Shorter rows are padded on the right, to which none of their own tokens attends. The padding's keys and values are
     # overwritten, position by position, before a new token attends to them.
     padded = [prompt[start_pos:] + [0] * (longest - len(prompt)) for prompt in prompts]
-    weight = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None  # None: not a module
-    tokens = torch.tensor(padded, dtype=torch.long, device="cpu" if weight is None else weight.device)  # (batch, seq)
+    tokens = torch.tensor(padded, dtype=torch.long, device=device_of(model))  # (batch, seq)
     head: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.float
     if isinstance(model, Transformer) and getattr(model.forward, "__func__", None) is Transformer.forward:
         layers = None if should_stop is None else stoppable(model.layers, should_stop)
@@ -97,9 +98,7 @@ def decode(
     Yields:
         The tokens, (batch), the same on every rank; and their scores, or None.
     """
-    start_pos: int | torch.Tensor = lengths[0]
-    if min(lengths) < max(lengths):
-        start_pos = torch.tensor(lengths, device="cpu")  # (batch)
+    start_pos = start_positions(lengths)
     last_pos = model.params.max_seq_len - 1
     while True:
         next_token = broadcast(select(logits))  # (batch)

@@ -34,6 +34,12 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
+def device_of(model: object) -> torch.device:
+    """Where a network takes its tokens: the device of its parameters, or the CPU if it isn't an `nn.Module`."""
+    weight = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+    return torch.device("cpu") if weight is None else weight.device
+
+
 def gpu_identity(device: torch.device) -> str:
     """Which GPU a CUDA device is: its number alone says that to no other process. "" for other devices."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""

@@ -26,7 +26,7 @@ from llama.dialog import ChatPrediction, CompletionPrediction, Dialog, Message, 
 from llama.errors import InputError
 from llama.protocols import DialogFormat, LanguageModel, TextTokenizer
 from llama.sampling import sample_top_p
-from llama.sampling_options import SamplingOptions, takes_sampling_options
+from llama.sampling_options import BEAM_OPTIONS, SamplingOptions, takes_sampling_options
 from llama.sampling_params import SamplingParams, check_number
 from llama.streaming import Piece, refused
 
@@ -55,7 +55,7 @@ class Llama:
             self.formatter = formatter
 
     def __repr__(self) -> str:
-        return f"<Llama {self.name}: {describe_model(self.model)}>"
+        return f"<Llama {getattr(self, 'name', '')}: {describe_model(self.model)}>"
 
     @cached_property
     def formatter(self) -> DialogFormat:
@@ -128,7 +128,7 @@ class Llama:
         built.name = checkpoint.path.name
         return built
 
-    @takes_sampling_options
+    @takes_sampling_options("top_logprobs")
     def generate(
         self,
         prompt_tokens: Sequence[Sequence[int]],
@@ -164,7 +164,7 @@ class Llama:
         results = generate_batch(self.model, self.tokenizer, prompt_tokens, params)
         return [result.tokens for result in results], [result.logprobs for result in results] if logprobs else None
 
-    @takes_sampling_options
+    @takes_sampling_options(*BEAM_OPTIONS)
     def generate_stream(
         self,
         prompt_tokens: Sequence[Sequence[int]],
@@ -186,7 +186,7 @@ class Llama:
         params = SamplingParams(max_gen_len, temperature, top_p, logprobs, echo=False, **options)
         return stream_batch(self.model, self.tokenizer, prompt_tokens, params, text=bool(params.stop_strings))
 
-    @takes_sampling_options
+    @takes_sampling_options()
     def text_completion(
         self,
         prompts: Sequence[str],
@@ -214,7 +214,7 @@ class Llama:
         params = SamplingParams(self._max_gen_len(max_gen_len), temperature, top_p, logprobs, echo, **options)
         return predict(self.model, self.tokenizer, self._encode(prompts), params, details=details)
 
-    @takes_sampling_options
+    @takes_sampling_options(*BEAM_OPTIONS)
     def text_completion_stream(
         self,
         prompts: Sequence[str],
@@ -236,7 +236,7 @@ class Llama:
         params = SamplingParams(self._max_gen_len(max_gen_len), temperature, top_p, logprobs, echo=False, **options)
         return stream_batch(self.model, self.tokenizer, self._encode(prompts), params, text=True)
 
-    @takes_sampling_options
+    @takes_sampling_options()
     def chat_completion(
         self,
         dialogs: Sequence[Dialog],
@@ -271,7 +271,7 @@ class Llama:
             for answer, content in zip(answers, contents, strict=True)
         ]
 
-    @takes_sampling_options
+    @takes_sampling_options(*BEAM_OPTIONS)
     def chat_completion_stream(
         self,
         dialogs: Sequence[Dialog],

@@ -7,7 +7,7 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -108,6 +108,37 @@ class ModelLock:
             _processing.reset(token)
 
 
+def join(call: Call, locks: Iterable[ModelLock]) -> None:
+    """Put a call at the end of the queues of all models that it uses.
+
+    It joins them at once, so that calls stand in the same order in each, and never wait for each other in a circle.
+    """
+    with _joining:
+        for queue in {lock.queue for lock in locks}:
+            queue.join(call)
+
+
+@contextlib.contextmanager
+def turn_on(locks: Sequence[ModelLock], call: Call | None = None) -> Iterator[None]:
+    """`ModelLock.turn` on several models.
+
+    Args:
+        locks: of these models.
+        call: see `ModelLock.turn`.
+    """
+    if call is None:
+        call = Call()
+        join(call, locks)
+    try:
+        with contextlib.ExitStack() as turns:
+            for lock in locks:
+                turns.enter_context(lock.turn(call))
+            yield
+    finally:
+        for lock in locks:
+            lock.queue.leave(call)
+
+
 def lock_of(model: Any) -> ModelLock:
     """The lock of a model, which all `Llama`s over it share.
 
@@ -125,7 +156,7 @@ def lock_of(model: Any) -> ModelLock:
         return lock
 
 
-_creating = threading.Lock()
+_creating, _joining = threading.Lock(), threading.Lock()
 _queues: "weakref.WeakSet[CallQueue]" = weakref.WeakSet()
 _group_queue = CallQueue()
 _common_lock = ModelLock(_group_queue)
@@ -134,8 +165,8 @@ _processing: ContextVar[tuple[ModelLock, ...]] = ContextVar("processing", defaul
 
 
 def _after_fork() -> None:
-    global _creating
-    _creating = threading.Lock()
+    global _creating, _joining
+    _creating, _joining = threading.Lock(), threading.Lock()
     for queue in _queues:
         queue.reset()
 

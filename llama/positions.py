@@ -28,6 +28,11 @@ def fixed_end(end: int, max_seq_len: int) -> int:
     return min(-(-end // step) * step, max_seq_len)
 
 
+def start_positions(lengths: list[int]) -> int | torch.Tensor:
+    """Positions that `LanguageModel.forward` starts at, one for each row: an int, or (batch,) where they differ."""
+    return lengths[0] if min(lengths) == max(lengths) else torch.tensor(lengths, device="cpu")
+
+
 def step_positions(start_pos: int | torch.Tensor, batch: int, device: torch.device) -> torch.Tensor:
     """The position of each row's token, (batch) int64, brought to the device without a wait."""
     if isinstance(start_pos, torch.Tensor):

@@ -4,7 +4,6 @@ import difflib
 import functools
 import inspect
 import re
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, ParamSpec, TypedDict, TypeVar
 
@@ -55,51 +54,83 @@ class SamplingOptions(TypedDict, total=False):
     draft_model: TextGenerator | None
 
 
-OTHER_NAMES = {  # what other libraries call an option, and what to do here
+OTHER_NAMES = {  # what other libraries call an option, or where it belongs, and what to do here
     "assistant_model": "it is called draft_model here",
+    "bad_words_ids": "give transformers' NoBadWordsLogitsProcessor as logits_processor",
+    "details": "it is an option of text_completion and chat_completion",
     "do_sample": "temperature=0 takes the likeliest token, and any higher one samples",
+    "echo": "it is an option of generate and text_completion",
     "eos_token_id": "the ids that end an answer are tokenizer.stop_tokens",
+    "frequency_penalty": "give a penalty as logits_processor",
     "generator": "give a seed",
     "max_length": "give max_gen_len, the number of new tokens",
     "max_new_tokens": "it is called max_gen_len here",
     "max_tokens": "it is called max_gen_len here",
+    "min_p": "give transformers' MinPLogitsWarper as logits_processor",
     "n": "it is called num_return_sequences here",
+    "num_assistant_tokens": "their number adapts to how many are accepted",
+    "presence_penalty": "give a penalty as logits_processor",
     "repetition_penalty": "give transformers' RepetitionPenaltyLogitsProcessor as logits_processor",
+    "stop_sequence": "it is called stop here",
     "stop_sequences": "it is called stop here",
     "stop_strings": "it is called stop here",
     "stream": "the methods whose names end in _stream yield an answer as it comes",
     "streamer": "the methods whose names end in _stream yield an answer as it comes",
 }
+BEAM_OPTIONS = ("num_beams", "length_penalty", "early_stopping")
 
 
-def takes_sampling_options(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Give a method that ends in `**options: Unpack[SamplingOptions]` the signature and description of each of them.
+def takes_sampling_options(
+    *hidden: str,
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """A decorator for methods that end in `**options: Unpack[SamplingOptions]`: help shows each with its description.
 
-    The line "options: ..." of its docstring makes way for their descriptions. An option that doesn't exist is a
+    The line "options: ..." of the docstring makes way for their descriptions. An option that doesn't exist is a
     TypeError that says which one does.
+
+    Args:
+        hidden: options that the method always refuses, with a reason: help doesn't show them.
     """
-    signature, options = inspect.signature(method), SamplingOptions.__annotations__
-    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    known = [parameter.name for parameter in parameters[1:]] + list(options)
-    for name, annotation in options.items():
-        default = SamplingParams.__dataclass_fields__[name].default
-        keyword = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        parameters.append(keyword)
 
-    @functools.wraps(method)
-    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        for name in kwargs:
-            if name not in known:
-                raise TypeError(f"{method.__name__}() has no option {name!r}: {advice(name, known)}")
-        return method(*args, **kwargs)
+    def decorate(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        signature, options = inspect.signature(method), SamplingOptions.__annotations__
+        parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        known = {*signature.parameters, *options}
+        for name, annotation in options.items():
+            if name not in hidden:
+                default = SamplingParams.__dataclass_fields__[name].default
+                kind = inspect.Parameter.KEYWORD_ONLY
+                parameters.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
+        shown = [parameter.name for parameter in parameters[1:]]
 
-    descriptions = inspect.cleandoc(SamplingOptions.__doc__ or "").partition("Attributes:\n")[2]
-    described: Any = checked
-    described.__doc__ = re.sub(
-        r"^ *options: .*\n", textwrap.indent(descriptions, " " * 8) + "\n", method.__doc__ or "", flags=re.MULTILINE
-    )
-    described.__signature__ = signature.replace(parameters=parameters)
-    return checked
+        @functools.wraps(method)
+        def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            for name in kwargs:
+                if name not in known:
+                    raise TypeError(f"{method.__name__}() has no option {name!r}: {advice(name, shown)}")
+            return method(*args, **kwargs)
+
+        described: Any = checked
+        described.__signature__ = signature.replace(parameters=parameters)
+        described.__doc__ = describe_options(method.__doc__ or "", [name for name in options if name not in hidden])
+        return checked
+
+    return decorate
+
+
+def describe_options(docstring: str, options: Iterable[str]) -> str:
+    """A docstring with the descriptions of these options in place of its line "options: ..."."""
+    attributes = inspect.cleandoc(SamplingOptions.__doc__ or "").partition("Attributes:\n")[2]
+    descriptions = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", attributes, re.MULTILINE))
+
+    def describe(line: re.Match[str]) -> str:
+        indent, lines = line[1], []
+        for name in options:
+            first, *others = descriptions[name].splitlines()
+            lines += [f"{indent}{name}: {first}", *(f"{indent}    {other.strip()}" for other in others)]
+        return "\n".join(lines) + "\n"
+
+    return re.sub(r"^( *)options: .*\n", describe, docstring, flags=re.MULTILINE)
 
 
 def advice(name: str, known: list[str]) -> str:
@@ -108,7 +139,7 @@ def advice(name: str, known: list[str]) -> str:
     Args:
         known: the names that do.
     """
-    similar = difflib.get_close_matches(name, known, 1)
-    if similar and name not in OTHER_NAMES:
-        return f"did you mean {similar[0]}?"
-    return OTHER_NAMES.get(name, f"there are {', '.join(known)}")
+    if name in OTHER_NAMES:
+        return OTHER_NAMES[name]
+    similar = difflib.get_close_matches(name, known, 1, cutoff=0.7)
+    return f"did you mean {similar[0]}?" if similar else f"there are {', '.join(known)}"

@@ -1,6 +1,6 @@
 """What a call can ask for: how tokens are chosen, when an answer ends, and what is returned."""
 
-import functools
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from llama.device import device_of
 from llama.distributed import PROCESSOR_TAG, check_ranks_agree, model_parallel_size
 from llama.errors import InputError
 from llama.model_lock import lock_of
@@ -76,7 +77,7 @@ class SamplingParams:
         proposers = (self.prompt_lookup_num_tokens, self.draft_model)
         object.__setattr__(self, "is_speculative", proposers != (None, None))
         if self.prompt_lookup_num_tokens is not None:
-            check_number("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens, 1, integer=True)
+            check_number("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens, 1, 100, integer=True)
             if self.draft_model is not None:
                 raise InputError("tokens are proposed by prompt_lookup_num_tokens or by draft_model: give one of them")
         check_number("top_logprobs", self.top_logprobs, 0, integer=True)
@@ -164,8 +165,11 @@ class SamplingParams:
     def _processed(self, model: LanguageModel, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`process`, on this rank alone."""
         processed = scores.clone()  # a processor may change it in place
+        models = [model] if self.draft_model is None else [model, self.draft_model.model]
         for processor in self.logits_processors:
-            with lock_of(model).calling_processor():
+            with contextlib.ExitStack() as marks:
+                for used_model in models:
+                    marks.enter_context(lock_of(used_model).calling_processor())
                 processed = processor(input_ids, processed)
             if not isinstance(processed, torch.Tensor) or processed.shape != scores.shape:
                 raise InputError(
@@ -254,7 +258,8 @@ def check_draft_model(
     Args:
         n_rows, n_tokens: the size of the batch, and the number of tokens that its longest row may have in the end.
     """
-    if not callable(getattr(getattr(draft, "model", None), "setup_cache", None)):
+    has_tokenizer = callable(getattr(getattr(draft, "tokenizer", None), "decode", None))
+    if not has_tokenizer or not callable(getattr(getattr(draft, "model", None), "setup_cache", None)):
         raise InputError(f"draft_model={draft!r:.80} must be a Llama, whose model has `setup_cache`")
     if draft.model is model:
         raise InputError("draft_model has the same network, and so the same cache: build it as a Llama of its own")
@@ -264,22 +269,25 @@ def check_draft_model(
             f"draft_model has max_batch_size={limits.max_batch_size} and max_seq_len={limits.max_seq_len}, but this "
             f"call has {n_rows} row(s) of up to {n_tokens} tokens: build it with as much"
         )
-    tokenizers: tuple[Any, Any] = (draft.tokenizer, tokenizer)
-    if not have_same_tokens(*tokenizers, getattr(model.params, "vocab_size", -1)):
+    devices = device_of(draft.model), device_of(model)
+    if devices[0] != devices[1]:
+        raise InputError(f"draft_model is on {devices[0]}, and the model on {devices[1]}: build both on one device")
+    sizes = getattr(limits, "vocab_size", None), getattr(model.params, "vocab_size", None)
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise InputError(f"draft_model has vocab_size={sizes[0]}, but the model has {sizes[1]}: take one of its family")
+    if not have_same_tokens(draft.tokenizer, tokenizer, sizes[0]):
         raise InputError("draft_model has another tokenizer: take a model of the same family, whose ids mean the same")
 
 
-@functools.lru_cache(maxsize=16)
-def have_same_tokens(one: Any, other: Any, vocab_size: int) -> bool:
-    """Whether every id means the same token to two tokenizers. It takes some time, the first time.
+def have_same_tokens(one: TextTokenizer, other: TextTokenizer, vocab_size: int | None = None) -> bool:
+    """Whether two tokenizers have equally many tokens, and some 1,000 ids, special tokens apart, mean the same to both.
+
+    If other ids don't, their proposals are not accepted, which costs time alone.
 
     Args:
         vocab_size: how many ids there are, where the tokenizers don't say it.
     """
-    if one is other:
-        return True
-    sizes = [getattr(tokenizer, "n_words", vocab_size) for tokenizer in (one, other)]
-    special_tokens = [getattr(tokenizer, "special_tokens", {}) for tokenizer in (one, other)]
-    if sizes[0] != sizes[1] or special_tokens[0] != special_tokens[1]:
-        return False
-    return all(one.decode([i]) == other.decode([i]) for i in range(sizes[0]))
+    sizes = [getattr(tokenizer, "n_words", vocab_size) or 0 for tokenizer in (one, other)]
+    special = {i for tokenizer in (one, other) for i in getattr(tokenizer, "special_tokens", {}).values()}
+    ids = [i for i in range(0, sizes[0], max(1, sizes[0] // 1000)) if i not in special]
+    return sizes[0] == sizes[1] and all(one.decode([i]) == other.decode([i]) for i in ids)

@@ -8,17 +8,16 @@ a probability such that the tokens have exactly the distribution that they have 
 the same tokens.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 
-from llama.device import copy_without_wait
+from llama.device import copy_without_wait, device_of
 from llama.distributed import broadcast
+from llama.positions import start_positions
 from llama.protocols import CachedModel, LanguageModel
-from llama.sampling import sampling_probs
 from llama.sampling_params import SamplingParams
 from llama.streaming import RowOutput
 
@@ -32,7 +31,7 @@ class Proposals(NamedTuple):
     """Tokens that may come next."""
 
     tokens: list[list[int]]  # of each row; rows may have different numbers of them, or none
-    probs: torch.Tensor | None  # (rows, proposals, vocab_size): what they were sampled from; None: no others could be
+    probs: torch.Tensor | None  # (rows, proposals, vocab_size): what they were sampled from; None: they are certain
 
 
 class PromptLookup:
@@ -94,15 +93,15 @@ class DraftModel:
         self.model, self.probs, self.generator = model, probs, generator
         self.n_cached = list(map(len, prompts))  # of each row: how many of its tokens are in the cache
         self.num_tokens = 4
-        self._longest: list[int] = []  # of each row: its length, if all of its last proposals are accepted
+        self._expected: list[int | None] = []  # of each row with proposals: its length, if all of them are accepted
 
     def propose(self, tokens: list[list[int]], limits: list[int]) -> Proposals:
         """Tokens that may follow: see `PromptLookup.propose`."""
-        if self._longest:
-            all_accepted = any(len(row) == length for row, length in zip(tokens, self._longest, strict=True))
+        if self._expected:
+            all_accepted = any(len(row) == length for row, length in zip(tokens, self._expected, strict=True))
             self.num_tokens = min(self.num_tokens + 2, MAX_PROPOSALS) if all_accepted else max(1, self.num_tokens - 1)
-        most = self.model.params.max_seq_len - max(map(len, tokens))
-        counts = [min(self.num_tokens, limit, most) for limit in limits]
+        positions_left = self.model.params.max_seq_len - max(map(len, tokens))
+        counts = [max(0, min(self.num_tokens, limit, positions_left)) for limit in limits]
         if max(counts) < 1:
             return Proposals([[] for _ in tokens], None)
         # The cache lacks the last token of each row, and the one before where the last proposal was accepted. What it
@@ -125,7 +124,8 @@ class DraftModel:
             proposed.append(broadcast(next_token))  # (rows)
         self.n_cached = [len(row) + max(counts) - 1 for row in tokens]
         self.model.setup_cache().tokens = [list(row) for row in tokens]
-        self._longest = [len(row) + count + 1 for row, count in zip(tokens, counts, strict=True)]
+        lengths = zip(map(len, tokens), counts, strict=True)
+        self._expected = [length + count + 1 if count > 0 else None for length, count in lengths]
         rows = torch.stack(proposed, dim=1).tolist()
         probs_of_rows = torch.stack(probs, dim=1) if probs else None  # (rows, proposals, vocab_size)
         return Proposals([row[:count] for row, count in zip(rows, counts, strict=True)], probs_of_rows)
@@ -140,74 +140,82 @@ def speculate(
     params: SamplingParams,
     select: Callable[[torch.Tensor], torch.Tensor],
     process: Callable[[torch.Tensor], torch.Tensor],
+    probs: Callable[[torch.Tensor], torch.Tensor],
+    generator: torch.Generator | None,
     *,
-    generator: torch.Generator | None = None,
     score_tokens: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """`llama.decoding.decode`, with several tokens for one pass of the network where proposals are accepted.
 
-    With logits processors all rows advance together, by as many tokens as are accepted in all of them: so the
-    processors, which may keep a state, are called with just the tokens that they would see without proposals.
+    With logits processors, which may keep a state, all rows advance together, by as many tokens as are accepted in all
+    that haven't ended: so processors are called with just the tokens that they would see of these without proposals.
 
     Args:
         logits: of each row's next token, (rows, vocab_size).
         tokens: of each row, prompt and answer so far: the consumer appends what is yielded, until the row has ended.
         outputs: the rows' answers.
-        params: how tokens are chosen, and what proposes them. A draft model has prefilled the prompts.
-        select: see `decode`; for the tokens without a proposal, and greedily for all.
+        params: what proposes tokens. A draft model has prefilled the prompts.
+        select: see `decode`: it chooses where nothing is proposed, and everywhere if it takes the likeliest token.
         process: logits -> those after the logits processors.
+        probs: processed logits -> the probability of each token, (rows, vocab_size).
         generator: for sampling; None for torch's default one.
         score_tokens: see `decode`.
 
     Yields:
         As `decode`; but `WAITS` in place of a row's token while others advance further.
     """
-    probs = functools.partial(
-        sampling_probs, temperature=float(params.temperature), top_p=float(params.top_p), top_k=params.top_k
-    )
     proposer: PromptLookup | DraftModel
     if params.draft_model is None:
         proposer = PromptLookup(params.prompt_lookup_num_tokens or 0)
     else:
-        proposer = DraftModel(
-            cast(CachedModel, params.draft_model.model), tokens, None if params.is_greedy else probs, generator
-        )
+        draft = cast(CachedModel, params.draft_model.model)  # as `check_draft_model` has found
+        proposer = DraftModel(draft, tokens, None if params.is_greedy else probs, generator)
     proposals = Proposals([[] for _ in tokens], None)
+    padded = torch.empty(len(tokens), 0)  # the proposals, (rows, proposals), and -1 where a row has fewer
     block_logits = logits[:, None]  # (rows, 1, vocab_size); after a pass (rows, proposals + 1, vocab_size)
     while True:
-        advances = torch.ones(len(tokens), dtype=torch.bool, device=logits.device)  # the rows that get a token
+        advances = [True] * len(tokens)  # the rows that get a token
         for i in range(block_logits.shape[1]):
             logits = block_logits[:, i]  # (rows, vocab_size)
-            proposed = torch.tensor([row[i] if i < len(row) else -1 for row in proposals.tokens], device=logits.device)
-            if params.is_greedy or i == block_logits.shape[1] - 1:
+            if params.is_greedy or i == padded.shape[1]:
                 next_token = broadcast(select(logits))  # (rows)
             else:
                 processed = process(logits)
                 is_finite = processed.amax(dim=-1).isfinite()
                 p = probs(processed.where(is_finite[:, None], 0.0))
                 q = None if proposals.probs is None else proposals.probs[:, i]
-                next_token = broadcast(accept_or_resample(p, proposed, q, generator).where(is_finite, -1))
-            is_accepted = (next_token == proposed) & (proposed >= 0) & advances
-            for output, accepted in zip(outputs, is_accepted.tolist(), strict=True):
-                output.n_accepted += accepted
-            scores = None if score_tokens is None else score_tokens(logits, next_token.clamp(min=0))
-            yield next_token.where(advances, WAITS), scores
+                next_token = broadcast(accept_or_resample(p, padded[:, i], q, generator).where(is_finite, -1))
+            chosen = next_token.tolist()  # here the host waits for the device
+            accepted = [
+                advance and proposed[i : i + 1] == [token]
+                for advance, proposed, token in zip(advances, proposals.tokens, chosen, strict=True)
+            ]
+            for output, is_accepted in zip(outputs, accepted, strict=True):
+                output.n_accepted += is_accepted
+            if not all(advances):
+                waiting = [token if advance else WAITS for token, advance in zip(chosen, advances, strict=True)]
+                next_token = torch.tensor(waiting, device="cpu")
+            scores = None if score_tokens is None else score_tokens(logits, next_token.to(logits.device).clamp(min=0))
+            yield next_token, scores
             if params.logits_processors:
-                goes_on = all(map(bool.__or__, is_accepted.tolist(), [output.ended is not None for output in outputs]))
+                if not all(is_accepted or output.ended for is_accepted, output in zip(accepted, outputs, strict=True)):
+                    break
             else:
-                advances = is_accepted
-                goes_on = bool(advances.any())
-            if not goes_on:
-                break
+                advances = accepted
+                if not any(advances):
+                    break
         start = [len(row) - 1 for row in tokens]
-        most = model.params.max_seq_len - 1 - max(start)
-        proposals = proposer.propose(tokens, [min(output.n_left - 1, most) for output in outputs])
-        for output, row in zip(outputs, proposals.tokens, strict=True):
-            output.n_proposed += len(row)
-        # Each row's last token and its proposals. What the cache gets of others is overwritten before it is used.
-        width = 1 + max(map(len, proposals.tokens))
-        rows = [[row[-1], *more] for row, more in zip(tokens, proposals.tokens, strict=True)]
-        block_logits = forward(model, [row + [0] * (width - len(row)) for row in rows], start)
+        # What is padded takes positions, too: near the end of the longest row's context no row has proposals.
+        positions_left = model.params.max_seq_len - 1 - max(start)
+        proposals = proposer.propose(tokens, [min(output.n_left - 1, positions_left) for output in outputs])
+        for output, proposed in zip(outputs, proposals.tokens, strict=True):
+            output.n_proposed += len(proposed)
+        count = max(map(len, proposals.tokens))
+        rows = [row + [-1] * (count - len(row)) for row in proposals.tokens]
+        padded = copy_without_wait(torch.tensor(rows, dtype=torch.long, device="cpu"), logits.device)
+        # Each row's last token and its proposals. What the cache gets of padding is overwritten before it is used.
+        block = [[row[-1], *(max(token, 0) for token in more)] for row, more in zip(tokens, rows, strict=True)]
+        block_logits = forward(model, block, start)
 
 
 def accept_or_resample(
@@ -246,13 +254,5 @@ def forward(model: LanguageModel, rows: list[list[int]], start: list[int]) -> to
         rows: ids.
         start: the position of each row's first.
     """
-    weight = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
-    tokens = copy_without_wait(
-        torch.tensor(rows, device="cpu"), torch.device("cpu") if weight is None else weight.device
-    )
+    tokens = copy_without_wait(torch.tensor(rows, device="cpu"), device_of(model))  # (rows, length)
     return model.forward(tokens, start_positions(start)).float()
-
-
-def start_positions(start: list[int]) -> int | torch.Tensor:
-    """The positions that rows start at, as `LanguageModel.forward` takes them."""
-    return start[0] if min(start) == max(start) else torch.tensor(start, device="cpu")

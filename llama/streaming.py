@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, TypeVar
 import torch
 
 from llama.distributed import model_parallel_size
-from llama.model_lock import Call, ModelLock
+from llama.model_lock import Call, ModelLock, join, turn_on
 
 Part = TypeVar("Part")
 EndReason = Literal["stop", "length"]
@@ -33,9 +33,8 @@ class Piece(NamedTuple):
     ended: EndReason | None = None  # "stop": at a stop token or string; "length": no tokens left; None: it goes on
     score: float | None = None  # with the end of an answer of beam search
     top_logprobs: tuple[tuple[int, float], ...] = ()  # the likeliest tokens in its place, the likeliest first
-    proposals: tuple[int, int] | None = (
-        None  # with the end, after speculative decoding: how many, and how many accepted
-    )
+    # With the end of an answer of speculative decoding: how many tokens were proposed, and how many of them accepted.
+    proposals: tuple[int, int] | None = None
 
 
 class PendingToken(NamedTuple):
@@ -221,18 +220,21 @@ class StreamEnd(NamedTuple):
     error: BaseException | None
 
 
-def produce_in_thread(lock: ModelLock, produce: Callable[..., Iterator[Piece]]) -> Generator[Piece, None, None]:
+def produce_in_thread(
+    locks: Sequence[ModelLock], produce: Callable[..., Iterator[Piece]]
+) -> Generator[Piece, None, None]:
     """Yield what `produce` yields, produced in its turn by a thread of its own, as fast as that goes.
 
     Since production never waits for its consumer, no other call does. It begins when the first piece is asked for, and
     stops after the step under way when the consumer has left.
 
     Args:
-        lock: of the model that `produce` uses.
+        locks: of the models that `produce` uses.
         produce: its keyword argument `should_stop` is a function that says whether the consumer has left.
     """
     pieces: SimpleQueue[Piece | StreamEnd] = SimpleQueue()
     call, consumer_left = Call(), threading.Event()
+    alone = model_parallel_size() == 1  # else the first rank's consumer decides at which step all ranks stop
     kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]  # in this thread alone
     autocasts = [torch.autocast(kind, torch.get_autocast_dtype(kind)) for kind in kinds]
 
@@ -245,7 +247,7 @@ def produce_in_thread(lock: ModelLock, produce: Callable[..., Iterator[Piece]]) 
             with contextlib.ExitStack() as contexts:
                 for autocast in autocasts:
                     contexts.enter_context(autocast)
-                contexts.enter_context(lock.turn(call))
+                contexts.enter_context(turn_on(locks, call))
                 for piece in () if call.withdrawn else produce(should_stop=should_stop):
                     pieces.put(piece)
         except BaseException as raised:  # raised again where the stream is consumed
@@ -254,7 +256,7 @@ def produce_in_thread(lock: ModelLock, produce: Callable[..., Iterator[Piece]]) 
 
     producer = threading.Thread(target=copy_context().run, args=(run,), name="llama stream")
     try:
-        lock.queue.join(call)  # before the thread runs, so that calls have the same order on every rank
+        join(call, locks)  # before the thread runs, so that calls have the same order on every rank
         producer.start()
         while not isinstance(piece := pieces.get(), StreamEnd):
             yield piece
@@ -262,11 +264,11 @@ def produce_in_thread(lock: ModelLock, produce: Callable[..., Iterator[Piece]]) 
             raise piece.error
     finally:
         consumer_left.set()
-        alone = model_parallel_size() == 1  # else the first rank's consumer decides at which step all ranks stop
-        if alone:
+        for lock in locks if alone else ():
             lock.queue.withdraw(call)
         if producer.ident is None:  # it was not started
-            lock.queue.leave(call)
+            for lock in locks:
+                lock.queue.leave(call)
         elif threading.current_thread() is not producer:
             # The garbage collector may run this in any thread, which then must not wait for ever.
             producer.join(LEAVE_TIMEOUT if alone else None)

@@ -106,8 +106,9 @@ def test_the_core_has_at_most_1300_lines():
     assert sum(lengths.values()) <= 1300, lengths
 
 
-# The network:
+# The network, and where it is:
 NOT_COUNTED = ["model.py", "kv_cache.py", "positions.py", "parallel.py", "cpu_matmul.py", "fast_kernels.py", "fused.py"]
+NOT_COUNTED += ["device.py"]
 
 
 def functions_called(function) -> set[tuple[str, str]]:

@@ -8,7 +8,7 @@ import torch
 from conftest import ScriptedModel, ScriptedTokenizer, tiny_model
 
 from llama import Llama
-from llama.sampling_options import OTHER_NAMES, SamplingOptions
+from llama.sampling_options import BEAM_OPTIONS, OTHER_NAMES, SamplingOptions
 
 METHODS = [name + stream for name in ("generate", "text_completion", "chat_completion") for stream in ("", "_stream")]
 REFERENCE = {"prompt_tokens", "prompts", "dialogs", "max_gen_len", "temperature", "top_p", "logprobs", "echo"}
@@ -22,10 +22,15 @@ def llama():
 @pytest.mark.parametrize("name", METHODS)
 def test_help_shows_every_option_with_its_meaning(name):
     method = getattr(Llama, name)
-    parameters = inspect.signature(method).parameters
-    for option in SamplingOptions.__annotations__:
+    parameters, documentation = inspect.signature(method).parameters, inspect.getdoc(method)
+    hidden = {"top_logprobs"} if name == "generate" else {*BEAM_OPTIONS} if name.endswith("_stream") else set()
+    for option in SamplingOptions.__annotations__.keys() - hidden:
         assert parameters[option].kind is inspect.Parameter.KEYWORD_ONLY
-        assert f"\n        {option}: " in inspect.getdoc(method).replace("\n    ", "\n        "), option
+        assert f"\n    {option}: " in documentation, option
+    assert not hidden & parameters.keys()
+    assert not any(f"\n    {option}: " in documentation for option in hidden)
+    entries = documentation.partition("Args:\n")[2].partition("\n\n")[0].splitlines()
+    assert all(line.startswith(("    ", "        ")) for line in entries)  # one indentation for all
     assert not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     assert "sampling_options" not in inspect.getdoc(method)  # nothing to be looked up elsewhere
 
@@ -45,13 +50,21 @@ def test_positional_arguments_are_those_of_the_reference():
         ("do_sample", "temperature=0 takes the likeliest token"),
         ("temprature", r"did you mean temperature\?"),
         ("beams", r"did you mean num_beams\?"),
-        ("echoes", r"did you mean echo\?"),
+        ("stop_sequence", "it is called stop here"),
+        ("min_p", "give transformers' MinPLogitsWarper as logits_processor"),
         ("xyz", r"there are prompts, temperature, .*, top_logprobs"),
     ],
 )
 def test_an_unknown_option_is_refused_with_the_right_one(llama, option, message):
     with pytest.raises(TypeError, match=rf"^text_completion\(\) has no option '{option}': {message}"):
         llama.text_completion(["5"], **{option: 1})
+
+
+def test_options_that_a_stream_always_refuses_say_why(llama):
+    with pytest.raises(ValueError, match="no answer before it is done"):
+        llama.generate_stream([[5]], 3, num_beams=2)
+    with pytest.raises(TypeError, match="it is an option of generate and text_completion"):
+        llama.text_completion_stream(["5"], echo=True)
 
 
 def test_it_is_refused_before_a_missing_argument_is(llama):

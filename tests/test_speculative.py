@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import IN_CI, CachelessBeams, ScriptedModel, ScriptedTokenizer, st
 from gpt2 import GPT2, GPT2Params
 
 from llama import Llama
+from llama.errors import CheckpointError
 from llama.sampling import sampling_probs
 from llama.speculative import MAX_NGRAM, DraftModel, PromptLookup, accept_or_resample, continuation
 
@@ -362,6 +364,53 @@ def test_a_call_on_the_draft_waits_until_it_is_no_longer_needed(llama):
     assert results == [expected[0]]
 
 
+def test_models_that_are_each_others_draft(llama):
+    """Two threads, of which each holds what the other one waits for, if they don't take turns at both at once."""
+    other = build(5)
+    expected = [llama.generate([[5, 6]], 12, 0), other.generate([[5, 6]], 12, 0)]
+
+    def call(number: int) -> object:
+        if number % 3 == 0:
+            return [piece.token for piece in other.generate_stream([[5, 6]], 12, 0, draft_model=llama) if piece.token]
+        model, draft = (llama, other) if number % 2 else (other, llama)
+        return model.generate([[5, 6]], 12, 0, draft_model=draft) == expected[0 if model is llama else 1]
+
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(call, range(40), timeout=60))
+    for number, result in enumerate(results):
+        assert result == expected[1][0][0] if number % 3 == 0 else result is True
+
+
+def test_a_processor_cannot_call_the_draft_that_proposes_for_it(llama):
+    draft = DRAFTS["other draft"]["draft_model"]
+
+    def call_draft(input_ids, scores):
+        draft.generate([[7]], 1, 0)
+
+    with pytest.raises(RuntimeError, match="a logits_processor can't use the Llama that it is called by"):
+        llama.generate([[5, 6]], 3, draft_model=draft, logits_processor=call_draft)
+    assert draft.generate([[7]], 1, 0)[0]  # it is free again
+
+
+def test_the_files_of_a_draft_are_checked(llama, monkeypatch):
+    """A cut file that its weights are mapped from would end the process."""
+
+    class CutFiles:
+        def check(self):
+            raise CheckpointError("a file has been cut")
+
+    draft = build(5)
+    draft.model.mapped_files = CutFiles()
+    with pytest.raises(CheckpointError, match="has been cut"):
+        llama.generate([[5]], 3, draft_model=draft)
+
+
+def test_a_row_without_tokens_left_is_told_as_the_others(llama):
+    full = " ".join(["5"] * 95)  # with BOS, 96 tokens
+    answers = llama.text_completion([full, "5 6"], 0, max_gen_len=3, details=True, **LOOKUP)
+    assert [answer["proposed_tokens"] >= 0 for answer in answers] == [True, True]
+
+
 # What is refused
 
 
@@ -381,7 +430,10 @@ def test_what_is_refused_with_a_reason(llama):
         ({"draft_model": narrow}, "draft_model has max_batch_size=1"),
         ({"draft_model": other_words}, "draft_model has another tokenizer"),
         ({"draft_model": draft, **LOOKUP}, "give one of them"),
-        ({"prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens=0 must be a whole number of at least 1"),
+        ({"draft_model": Llama(draft.model, None)}, "must be a Llama"),
+        ({"draft_model": build(vocab_size=40)}, "draft_model has vocab_size=40, but the model has 24"),
+        ({"prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens=0 must be a whole number between 1 and 100"),
+        ({"prompt_lookup_num_tokens": 10**9}, "must be a whole number between 1 and 100"),
         ({"num_beams": 2, **LOOKUP}, "num_beams=2 leaves nothing to propose"),
     ]
     for options, message in refused:
@@ -390,6 +442,43 @@ def test_what_is_refused_with_a_reason(llama):
     with pytest.raises(ValueError, match="need a model that takes several tokens at any position"):
         Llama(ScriptedModel(), ScriptedTokenizer()).generate([[5]], 3, **LOOKUP)
     assert Llama(CachelessBeams(), ScriptedTokenizer()).generate([[5]], 3, 0, **LOOKUP)[0] == [[6, 7, 8]]
+
+
+def test_a_draft_may_have_other_special_tokens_but_no_others():
+    class Tokens(ScriptedTokenizer):
+        n_words, special_tokens = 30, {"<a>": 3}
+
+        def __init__(self, names):
+            super().__init__()
+            self.names = names
+
+        def __eq__(self, other):  # and so it has no hash
+            return self is other
+
+        def decode(self, t):
+            return " ".join(self.names.get(token, str(token)) for token in t)
+
+    one, other = build(), build(5)
+    for names, same in (({3: "<b>"}, True), ({4: "four"}, False)):
+        one.tokenizer, other.tokenizer = Tokens({}), Tokens(names)
+        if same:
+            assert one.generate([[5]], 5, 0, draft_model=other)[0] == build().generate([[5]], 5, 0)[0]
+        else:
+            with pytest.raises(ValueError, match="draft_model has another tokenizer"):
+                one.generate([[5]], 5, 0, draft_model=other)
+
+
+def test_rows_that_have_ended_do_not_count_as_accepted(llama):
+    """Otherwise the number of proposals would grow, although none are accepted."""
+    draft = DraftModel(llama.model, [[5, 6], [7, 8]], None, None)
+    tokens = [[5, 6, 7], [7, 8, 9]]
+    numbers = []
+    for _ in range(5):
+        proposals = draft.propose(tokens, [20, -1])
+        numbers.append(len(proposals.tokens[0]))
+        assert proposals.tokens[1] == []
+        tokens[0].append(3)  # another token than any that was proposed, or only one of them
+    assert numbers == [4, 3, 2, 1, 1]
 
 
 def test_proposers_give_no_more_than_can_be_used(llama):
