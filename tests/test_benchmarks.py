@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, tiny_model
+from run_command import Runner
 
 from llama.checkpoint import save_checkpoint
 
@@ -72,6 +73,21 @@ def test_a_picture_of_several_groups(compare, tmp_path):
     pytest.importorskip("matplotlib")
     compare.plot([result(), result(group="bfloat16"), result(model="1b")], tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--models", "2b", "error: models=2b must be some of smollm2,1b\n"),
+        ("--rounds", "0", "error: rounds=0 must be a whole number of at least 1\n"),
+        ("--peers", "transformers", "error: peers=transformers must begin with ours, which the others are compared "),
+    ],
+)
+def test_mistakes_in_its_options(compare, monkeypatch, capsys, tmp_path, option, value, message):
+    result = Runner(monkeypatch, capsys).run(compare.main, "--out", tmp_path / "out", option, value)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(message)
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_names_the_processor(compare):
