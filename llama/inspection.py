@@ -20,10 +20,13 @@ from llama.cli.token_statistics import (
     sampling_distribution,
     text_statistics,
 )
+from llama.embeddings import check_same_rows, padded_hidden_states
 from llama.errors import InputError
 from llama.generation import Llama
 from llama.model import Transformer
+from llama.model_lock import lock_of
 from llama.non_finite import explain_non_finite
+from llama.out_of_memory import explain_generation, out_of_memory_explained
 from llama.sampling_params import SamplingParams, check_number, check_prompts
 from llama.tokenizer import Tokenizer
 
@@ -80,6 +83,8 @@ def inspect_text(
 ) -> Inspection:
     """Compute the statistics of each token of a text and its continuation, and of the token after it.
 
+    Under torchrun every process must make the same call, and gets the same result.
+
     Args:
         llama: the model, as `Llama.build` makes it.
         text: the text.
@@ -89,7 +94,7 @@ def inspect_text(
 
     Raises:
         InputError: the model isn't a `Transformer`, or an argument is out of range.
-        ArithmeticError: the network computed NaN or infinity.
+        Others: see `inspect_tokens`.
     """
     model, tokenizer = llama.model, llama.tokenizer
     if not isinstance(model, Transformer) or not isinstance(tokenizer, Tokenizer):
@@ -123,6 +128,8 @@ def inspect_tokens(
 ) -> Inspection:
     """Compute the statistics of each token of a text, and the distributions of the token after it.
 
+    Under torchrun every process must make the same call, and gets the same result.
+
     Args:
         model: the model. Its cache is neither used nor changed.
         tokenizer: the tokenizer, which names the tokens.
@@ -134,41 +141,51 @@ def inspect_tokens(
 
     Raises:
         InputError: no tokens, more than `max_seq_len`, an id outside the vocabulary, or a number out of range.
-        ArithmeticError: the network computed NaN or infinity.
+        CheckpointError: a file of the model's weights has been cut since it was loaded.
+        ArithmeticError, MemoryError: the network computed NaN or infinity; or there was not enough memory.
     """
-    params = SamplingParams(0, temperature, top_p, top_k=top_k)  # which checks the sampling settings
-    (ids,) = check_prompts([tokens], model, tokenizer, params)
-    check_number("alternatives", alternatives, 1, integer=True)
-    check_number("n_next_tokens", n_next_tokens, 1, integer=True)
-    check_number("n_generated", n_generated, 0, integer=True)
-    if n_generated > len(ids):
-        raise InputError(f"n_generated={n_generated} is more than the {len(ids)} tokens of the text")
+    ids: list[int] = []
+    error: InputError | None = None
+    try:
+        params = SamplingParams(0, temperature, top_p, top_k=top_k)  # which checks the sampling settings
+        (ids,) = check_prompts([tokens], model, tokenizer, params)
+        check_number("alternatives", alternatives, 1, integer=True)
+        check_number("n_next_tokens", n_next_tokens, 1, integer=True)
+        check_number("n_generated", n_generated, 0, integer=True)
+        if n_generated > len(ids):
+            raise InputError(f"n_generated={n_generated} is more than the {len(ids)} tokens of the text")
+    except InputError as raised:
+        error = raised
+    check_same_rows([ids], error)
 
-    hidden = model.hidden_states(torch.tensor([ids], device=model.norm.weight.device))[0]  # (seq, dim)
-    first_generated = len(ids) - n_generated
-    first = TokenStatistics(ids[0], tokenizer.token_text(ids[0]), first_generated == 0, None, None, None, None, [])
-    statistics = [first]
-    positions = max(1, MAX_LOGITS // model.vocab_size)  # of one block
-    for start in range(0, len(ids) - 1, positions):
-        targets = torch.tensor(ids[1 + start : 1 + start + positions], device=hidden.device)
-        logits = finite_logits(model, ids, hidden[start : start + len(targets)])  # (positions, vocab_size)
-        for prediction in predictions(logits, targets, alternatives, tokenizer.token_text):
-            i = len(statistics)
-            statistics.append(TokenStatistics(ids[i], tokenizer.token_text(ids[i]), i >= first_generated, *prediction))
+    with lock_of(model).turn(), out_of_memory_explained(explain_generation("prefill", [ids], 1)):
+        hidden = padded_hidden_states(model, [ids])[0]  # (seq, dim)
+        first_generated = len(ids) - n_generated
+        statistics = [
+            TokenStatistics(ids[0], tokenizer.token_text(ids[0]), first_generated == 0, None, None, None, None, [])
+        ]
+        positions = max(1, MAX_LOGITS // model.vocab_size)  # of one block
+        for start in range(0, len(ids) - 1, positions):
+            targets = torch.tensor(ids[1 + start : 1 + start + positions], device=hidden.device)
+            logits = finite_logits(model, ids, hidden[start : start + len(targets)])  # (positions, vocab_size)
+            for prediction in predictions(logits, targets, alternatives, tokenizer.token_text):
+                i = len(statistics)
+                name = tokenizer.token_text(ids[i])
+                statistics.append(TokenStatistics(ids[i], name, i >= first_generated, *prediction))
 
-    logits = finite_logits(model, ids, hidden[-1:])  # (1, vocab_size)
-    probs, next_ids = torch.softmax(logits[0], dim=-1).topk(min(n_next_tokens, logits.shape[-1]))
-    next_tokens = [
-        Candidate(token, tokenizer.token_text(token), prob)
-        for token, prob in zip(next_ids.tolist(), probs.tolist(), strict=True)
-    ]
-    settings = [
-        (temperature, top_p, top_k),
-        *((value, 1.0, None) for value in (0.5, 1.0, 1.5)),
-        (1.0, 1.0, top_k or 5),
-        (1.0, top_p if top_p < 1 else 0.9, None),
-    ]
-    requested, *variations = [sampling_distribution(logits, next_ids, *setting) for setting in settings]
+        logits = finite_logits(model, ids, hidden[-1:])  # (1, vocab_size)
+        probs, next_ids = torch.softmax(logits[0], dim=-1).topk(min(n_next_tokens, logits.shape[-1]))
+        next_tokens = [
+            Candidate(token, tokenizer.token_text(token), prob)
+            for token, prob in zip(next_ids.tolist(), probs.tolist(), strict=True)
+        ]
+        settings = [
+            (temperature, top_p, top_k),
+            *((value, 1.0, None) for value in (0.5, 1.0, 1.5)),
+            (1.0, 1.0, top_k or 5),
+            (1.0, top_p if top_p < 1 else 0.9, None),
+        ]
+        requested, *variations = [sampling_distribution(logits, next_ids, *setting) for setting in settings]
     return Inspection(statistics, next_tokens, requested, variations)
 
 

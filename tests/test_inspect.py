@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, ScriptedModel, hugging_face_twin, tiny_model, torchrun
+from conftest import ROOT, Ranks, ScriptedModel, hugging_face_twin, load, tiny_model, torchrun
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -25,9 +27,10 @@ from llama.cli.inspect import print_inspection, token_name
 from llama.cli.inspect_format import format_settings, percent, readable, surprise_level
 from llama.cli.inspect_page import STYLE
 from llama.cli.token_statistics import text_statistics
-from llama.errors import InputError
+from llama.errors import CheckpointError, InputError
 from llama.files import writable_file
 from llama.inspection import inspect_text, inspect_tokens
+from llama.model_lock import lock_of
 from llama.output_folder import write_whole
 
 HOSTILE = '<script>alert(1)</script><img src="http://127.0.0.1:9/x.png"> [bold]x[/bold] \x1b[31m\x1b]0;y\x07 \u202e'
@@ -190,6 +193,68 @@ def test_invalid_arguments(tiny, ids):
         inspect_tokens(broken, tiny.tokenizer, ids)
     with pytest.raises(ArithmeticError, match="NaN or infinity"):
         inspect_tokens(broken, tiny.tokenizer, [7])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says which files are mapped")
+def test_a_weight_file_that_was_cut_is_an_error(tiny_checkpoint, tmp_path, ids):
+    """Where the process would be killed (SIGBUS)."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    mapped = Llama.build(folder, None, 96, 1, device="cpu", dtype=torch.float32)
+    inspect_tokens(mapped.model, mapped.tokenizer, ids)
+    path = folder / "consolidated.00.pth"
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match=f"{path} has been cut since the model was loaded"):
+        inspect_tokens(mapped.model, mapped.tokenizer, ids)
+
+
+def test_calls_wait_for_their_turn(tiny, ids):
+    with ThreadPoolExecutor() as pool:
+        with lock_of(tiny.model).turn():
+            inspected = pool.submit(inspect_tokens, tiny.model, tiny.tokenizer, ids)
+            with pytest.raises(FutureTimeout):  # in Python 3.10 not the built-in TimeoutError
+                inspected.result(0.3)
+        assert len(inspected.result(30).tokens) == len(ids)
+
+
+def out_of_memory(*args):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("method", ["hidden_states", "logits"])
+def test_too_little_memory_is_explained(tiny, ids, monkeypatch, method):
+    monkeypatch.setattr(tiny.model, method, out_of_memory)
+    with pytest.raises(MemoryError, match=rf"^not enough memory to prefill 1 prompt\(s\) of up to {len(ids)} tokens: "):
+        inspect_tokens(tiny.model, tiny.tokenizer, ids)
+
+
+def test_ranks_agree_before_they_compute(tiny_checkpoint, ids, llama3, monkeypatch):
+    """Each holds half of the model. They tell each other the tokens, or what is wrong on one of them."""
+    one_process = inspect_tokens(load(tiny_checkpoint), llama3, ids)
+    ranks = Ranks(monkeypatch, 2)
+    told = []
+
+    def exchange(*call):
+        told.append(ranks.exchange(call))
+        for _, error in told[-1]:
+            if error is not None:
+                raise error
+
+    monkeypatch.setattr("llama.embeddings.check_ranks_agree", exchange)
+    models = ranks.run(lambda: load(tiny_checkpoint))
+
+    def inspect_or_refuse(n_generated):
+        try:
+            return inspect_tokens(models[ranks.local.rank], llama3, ids, n_generated)
+        except InputError as error:
+            return str(error)
+
+    for inspection in ranks.run(lambda: inspect_or_refuse(0)):
+        expected = [token.logprob for token in one_process.tokens[1:]]
+        assert [token.logprob for token in inspection.tokens[1:]] == pytest.approx(expected, abs=1e-4)
+    assert told[0] == told[1]
+    assert f"1 rows of {len(ids)} tokens with the checksum" in str(told[0])
+    refusals = ranks.run(lambda: inspect_or_refuse(1000 * ranks.local.rank))
+    assert refusals == 2 * [f"n_generated=1000 is more than the {len(ids)} tokens of the text"]
 
 
 def test_a_text_and_its_continuation(tiny):
