@@ -1,5 +1,6 @@
 """Messages for people on standard error: above progress bars, and unable to control the terminal."""
 
+import contextlib
 import logging
 import sys
 
@@ -25,15 +26,21 @@ class LogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             print_message(self.format(record))
-        except OSError:  # nobody reads the messages
+        except Exception:  # such as arguments that don't fit the message, which is no reason for its caller to fail
             self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Print a traceback and the record, where standard error can take them."""
+        with contextlib.suppress(ValueError):  # it is closed, or its encoding lacks a character
+            super().handleError(record)
 
 
 def print_message(text: str) -> None:
-    """Print a line on standard error; where a progress bar is shown there, above it."""
+    """Print a line on standard error, if there is one; where a progress bar is shown there, above it."""
     from tqdm import tqdm  # not at the top, since neither help nor a usage error needs it
 
-    tqdm.write(text, file=sys.stderr)
+    if sys.stderr is not None:  # instead of which tqdm would take standard output
+        tqdm.write(text, file=sys.stderr)
 
 
 def escape_control_characters(text: str) -> str:

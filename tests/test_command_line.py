@@ -217,6 +217,27 @@ def test_what_other_libraries_do_is_not_logged(name, level, shown):
     assert bool(LogHandler().filter(logging.LogRecord(name, level, "", 0, "x", (), None))) == shown
 
 
+def log_to(stream: io.TextIOBase | None, monkeypatch, message: str, *args: object) -> None:
+    monkeypatch.setattr(sys, "stderr", stream)
+    LogHandler().handle(logging.LogRecord("llama", logging.INFO, "", 0, message, args, None))
+
+
+def test_a_message_that_can_t_be_written_is_no_error_of_its_caller(monkeypatch, capsys):
+    """As with the handlers of logging itself, which tell of it if they can."""
+    stderr = io.StringIO()
+    log_to(stderr, monkeypatch, "%d steps", "several")
+    assert "Logging error" in stderr.getvalue()
+    assert stderr.getvalue().endswith("Message: '%d steps'\nArguments: ('several',)\n")
+    closed = io.StringIO()
+    closed.close()
+    ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+    for stream in (closed, ascii_only, None):
+        log_to(stream, monkeypatch, "é")
+    log_to(ascii_only, monkeypatch, "what comes next")
+    assert ascii_only.buffer.getvalue().endswith(b"what comes next\n")
+    assert capsys.readouterr().out == ""
+
+
 # How a program ends
 
 # Programs that don't import torch, for speed.
