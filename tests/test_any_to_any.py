@@ -8,6 +8,7 @@ from conftest import Ranks, load, tiny_model, write_llama3_tokenizer, write_meta
 from forked import fork_python
 
 from llama import Transformer
+from llama.checkpoint import check_tensors, load_model, open_checkpoint
 
 COUNTS = [1, 2, 3, 4, 6, 8]
 
@@ -43,14 +44,21 @@ def test_every_number_of_files_on_every_number_of_processes(tmp_path, monkeypatc
     with torch.no_grad():
         whole, expected = size_and_logits(model)
     write_meta_checkpoint(tmp_path, model, tokenizer_path, n_files, columns=n_files % 2 == 0)
+    checkpoint = open_checkpoint(tmp_path)
+    args = checkpoint.settings.model_args(model.vocab_size, max_seq_len=96, max_batch_size=2)
+    check_tensors(checkpoint, args)
+
+    def load_share() -> Transformer:
+        return load_model(checkpoint, args, device=torch.device("cpu"), dtype=torch.float32)
+
     for size in COUNTS:
         with monkeypatch.context() as patch:
             ranks = Ranks(patch, size)
             if size not in POSSIBLE_COUNTS[n_kv_heads]:
                 with pytest.raises(ValueError, match=f"can't be split over {size} processes, only over one of"):
-                    ranks.run(lambda: load(tmp_path))
+                    ranks.run(load_share)
                 continue
-            for count, logits in ranks.run(lambda: size_and_logits(load(tmp_path))):
+            for count, logits in ranks.run(lambda: size_and_logits(load_share())):
                 assert torch.allclose(logits, expected, atol=1e-4), size
                 assert count < 1.4 * whole / size
 
