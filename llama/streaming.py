@@ -235,6 +235,8 @@ def produce_in_thread(
     pieces: SimpleQueue[Piece | StreamEnd] = SimpleQueue()
     call, consumer_left = Call(), threading.Event()
     alone = model_parallel_size() == 1  # else the first rank's consumer decides at which step all ranks stop
+    # Local variables, since a stream may be closed as Python ends, when a module has lost its own.
+    current_thread, leave_timeout = threading.current_thread, LEAVE_TIMEOUT if alone else None
     kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]  # in this thread alone
     autocasts = [torch.autocast(kind, torch.get_autocast_dtype(kind)) for kind in kinds]
 
@@ -269,6 +271,6 @@ def produce_in_thread(
         if producer.ident is None:  # it was not started
             for lock in locks:
                 lock.queue.leave(call)
-        elif threading.current_thread() is not producer:
+        elif current_thread() is not producer:
             # The garbage collector may run this in any thread, which then must not wait for ever.
-            producer.join(LEAVE_TIMEOUT if alone else None)
+            producer.join(leave_timeout)

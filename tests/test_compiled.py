@@ -125,6 +125,8 @@ def test_every_way_to_decode():
     ):
         for batch in ([PROMPT], prompts):
             assert compiled_llama.generate(batch, 30, **options) == plain.generate(batch, 30, **options)
+    for draft, model in ((plain, compiled_llama), (compiled_llama, plain)):  # steps, and passes of several tokens
+        assert model.generate([PROMPT], 30, 0, draft_model=draft) == plain.generate([PROMPT], 30, 0)
     assert compiled_llama.generate([PROMPT], 20, num_beams=3) == plain.generate([PROMPT], 20, num_beams=3)
     pieces = compiled_llama.generate_stream([PROMPT], 30, temperature=0)
     assert [piece.token for piece in pieces if piece.token is not None] == plain.generate([PROMPT], 30, 0)[0][0]

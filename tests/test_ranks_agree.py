@@ -22,6 +22,7 @@ distributed.setup("cpu", None)
 rank = int(os.environ["RANK"])
 torch.manual_seed(0)
 llama = Llama(Transformer(tiny_args()), ScriptedTokenizer(()))
+drafts = [Llama(Transformer(tiny_args(n_layers=n)), ScriptedTokenizer(())) for n in (1, 3)]
 PROMPTS = [[5, 6, 7], [8, 9]]
 n_calls = 0
 
@@ -55,6 +56,8 @@ CALLS = {
     "processor raises in beams": lambda: llama.generate(PROMPTS, 5, num_beams=2, logits_processor=fails),
     "processor raises in a stream": lambda: stream(PROMPTS, 5, logits_processor=fails),
     "NaN": lambda: llama.generate(PROMPTS, 5, logits_processor=not_a_number),
+    "lookup": lambda: llama.generate(PROMPTS, 5, prompt_lookup_num_tokens=other(None, 4)),
+    "draft": lambda: llama.generate(PROMPTS, 5, draft_model=other(*drafts)),
 }
 results = {}
 for name, call in CALLS.items():
@@ -82,6 +85,8 @@ REASONS = {
     "processor raises in beams": "KeyError: 'on rank 1 alone'",
     "processor raises in a stream": "KeyError: 'on rank 1 alone'",
     "NaN": "rows for which the logits_processor leaves a token to choose",
+    "lookup": "prompt_lookup_num_tokens is None and 4",
+    "draft": "draft_model is {",
 }
 
 

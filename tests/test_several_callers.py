@@ -366,6 +366,7 @@ def test_a_program_that_ends_with_an_open_stream(after, code):
         [sys.executable, "-c", SCRIPT.format(after=after)], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert ended.returncode == code, ended.stderr
+    assert "Exception ignored" not in ended.stderr
     assert time.monotonic() - begin < 30
 
 

@@ -8,7 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import IN_CI, CachelessBeams, ScriptedModel, ScriptedTokenizer, strong, tiny_model
+from conftest import (
+    IN_CI,
+    CachelessBeams,
+    ScriptedModel,
+    ScriptedTokenizer,
+    strong,
+    tiny_model,
+    write_llama3_tokenizer,
+    write_meta_checkpoint,
+)
 from gpt2 import GPT2, GPT2Params
 
 from llama import Llama
@@ -333,6 +342,19 @@ def test_a_network_that_computes_nan_is_told(llama):
         # A damaged draft proposes nonsense, which is not accepted.
         llama.generate([[5, 6]], 10, temperature, draft_model=damaged, seed=1)
     assert llama.generate([[5, 6]], 10, 0, draft_model=damaged) == llama.generate([[5, 6]], 10, 0)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantized_weights(tmp_path, quantize):
+    """In float32, where products of one row and of several round alike enough."""
+    tokenizer_path = write_llama3_tokenizer(tmp_path / "tokenizer.model")
+    folder = write_meta_checkpoint(tmp_path / "model", tiny_model(vocab_size=524), tokenizer_path)
+    options = {"max_seq_len": 96, "max_batch_size": 2, "dtype": torch.float32}
+    llama, draft = (Llama.build(folder, quantize=kind, **options) for kind in (quantize, None))
+    prompts = [[5, 6, 7, 5, 6, 7, 5], [8, 9, 10]]
+    plain, _ = llama.generate(prompts, 40, 0)
+    assert llama.generate(prompts, 40, 0, **LOOKUP)[0] == plain
+    assert llama.generate(prompts, 40, 0, draft_model=draft)[0] == plain
 
 
 def test_a_second_network_takes_proposals():
