@@ -415,7 +415,7 @@ def test_no_control_character_is_left(text):
         (["--seed", "x"], "error: seed='x' must be a whole number"),
         (["--quantize", "int5"], "error: quantize='int5' must be one of ['int8', 'int4']"),
         (["--chat_format", "alpaca"], "error: chat_format='alpaca' must be one of ['llama2', 'llama3', 'chatml']"),
-        (["--prompt_lookup", "x"], "error: prompt_lookup='x' must be a whole number of at least 1"),
+        (["--prompt_lookup", "x"], "error: prompt_lookup='x' must be a whole number between 1 and 100"),
         (["--draft", "x", "--prompt_lookup", "2"], "error: tokens are proposed by prompt_lookup or by draft: give one"),
         (["--draft", "/nowhere"], "error: draft='/nowhere' does not exist"),
         (["--sytem", "x"], "error: llama chat: unknown option '--sytem'; did you mean --system?"),

@@ -104,7 +104,7 @@ def test_it_is_installed_as_llama():
         (["complete", "hi", "--quantize", "int5"], 1, "error: quantize='int5' must be one of ['int8', 'int4']"),
         (["complete", "hi", "--quantize", "--compile"], 2, "error: llama complete: argument -q/--quantize: expected"),
         (["complete", "hi", "--seed", "x"], 1, "error: seed='x' must be a whole number"),
-        (["complete", "hi", "--prompt_lookup", "0"], 1, "error: prompt_lookup=0 must be a whole number of at least 1"),
+        (["complete", "hi", "--prompt_lookup", "101"], 1, "error: prompt_lookup=101 must be a whole number between 1"),
         (["complete", "hi", "--draft", "/nowhere"], 1, "error: draft='/nowhere' does not exist"),
         (
             ["complete", "hi", "--ckpt_dir", "/nowhere", "--draft", ".", "--prompt_lookup", "3"],
@@ -282,14 +282,48 @@ def test_a_draft_is_built_as_the_model_is(runner, tiny_checkpoint, monkeypatch, 
 
 
 @pytest.mark.parametrize("command", ["chat", "complete"])
-def test_a_draft_that_does_not_fit_is_refused_before_the_first_token(runner, tiny_checkpoint, without_bos, command):
-    args = [command, "--ckpt_dir", tiny_checkpoint, "--draft", without_bos, "--max_gen_len", 2, "--max_seq_len"]
-    for max_seq_len, message in (
-        (96, "draft_model has another tokenizer: take a model of the same family, whose ids mean the same"),
-        (129, "max_seq_len=129 is over this model's limit of 128"),
+def test_a_draft_that_does_not_fit_is_refused_before_a_model_is_loaded(
+    runner, monkeypatch, tmp_path, tiny_checkpoint, without_bos, command
+):
+    monkeypatch.setattr("llama.cli.build.Llama", None)
+    no_tokenizer = shutil.copytree(tiny_checkpoint, tmp_path / "no tokenizer")
+    (no_tokenizer / "tokenizer.model").unlink()
+    no_weights = tmp_path / "no weights"
+    no_weights.mkdir()
+    for draft, max_seq_len, message in (
+        (without_bos, 96, "it has another tokenizer: take a model of the same family, whose ids mean the same"),
+        (without_bos, 129, "max_seq_len=129 is over this model's limit of 128"),
+        (no_tokenizer, 96, f"its tokenizer '{no_tokenizer / 'tokenizer.model'}' does not exist; "),
+        (no_weights, 96, f"no checkpoint in draft='{no_weights}': looked for "),
     ):
-        result = runner.llama(*args, max_seq_len, stdin="the user\n")
-        assert result == (1, "", f"error: draft={str(without_bos)!r}: {message}\n")
+        args = [command, "--ckpt_dir", tiny_checkpoint, "--draft", draft, "--max_seq_len", max_seq_len]
+        result = runner.llama(*args, stdin="the user\n")
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+        assert result.stderr.startswith(f"error: draft={str(draft)!r}: {message}")
+        assert "ckpt_dir" not in result.stderr
+        assert "tokenizer_path" not in result.stderr
+
+
+@pytest.mark.parametrize("command", ["chat", "complete"])
+def test_the_context_is_one_that_the_draft_has_too(runner, tmp_path, caplog, command):
+    longer, shorter = (
+        write_gguf(tmp_path / f"{size}.gguf", tiny_model(), **{"llama.context_length": size}) for size in (256, 128)
+    )
+    for checkpoint, draft in ((longer, shorter), (shorter, longer)):
+        caplog.clear()
+        args = [command, "--ckpt_dir", checkpoint, "--draft", draft, "--max_gen_len", 2]
+        with caplog.at_level(logging.INFO, logger="llama"):
+            result = runner.llama(*args, stdin="the user\n")
+        assert result.returncode == 0, result.stderr
+        assert caplog.text.count("(max_batch_size=1 x max_seq_len=128)") == 2
+
+
+@pytest.mark.parametrize("command", ["chat", "complete"])
+def test_help_says_which_options_count_for_the_draft_too(runner, command):
+    shown = " ".join(runner.llama(command, "--help").stdout.split())
+    for option, next_option in (("--dtype", "--quantize"), ("--quantize", "--compile"), ("--compile", "--prompt")):
+        assert re.search(rf" {option} .* counts for draft, too (-\w .*)?{next_option}", shown), option
+    assert "maximum if that is smaller, or draft's" in shown
 
 
 def test_several_stop_strings(runner, tiny_checkpoint):

@@ -15,7 +15,7 @@ from typing import NamedTuple, cast
 import torch.distributed as dist
 
 from llama.chat_format import ChatFormat
-from llama.cli.build import build_draft, build_llama, check_proposers
+from llama.cli.build import build_draft, build_llama, open_draft
 from llama.cli.terminal import (
     Keyboard,
     interrupting,
@@ -98,13 +98,13 @@ def chat(
         max_gen_len: maximum number of tokens of an answer; by default as many as the context allows
         seed: random seed: the same seed samples the same tokens; by default a different one each time
         max_seq_len: size of the context: how many tokens of the conversation the model sees; by default 4096, or the
-            model's own maximum if that is smaller
+            model's own maximum if that is smaller, or draft's
         dtype: float32, float16 or bfloat16; by default bfloat16 if the device supports it or with quantize, else
-            float16 on CUDA and float32 on the CPU
+            float16 on CUDA and float32 on the CPU; counts for draft, too
         quantize: int8 or int4: keep the weights in 8 or 4 bits, which takes about a half or a third of the memory, and
-            loses some precision
+            loses some precision; counts for draft, too
         compile: compile the decoding step, so that it takes less time; compiling takes some 10 to 30 s, and only the
-            first time, since its result is kept on disk
+            first time, since its result is kept on disk; counts for draft, too
         prompt_lookup: speculative decoding: propose up to this many tokens at a time, those that followed when the
             latest ones occurred before; it takes less time where an answer quotes the conversation
         draft: speculative decoding: the checkpoint of a smaller model with the same tokenizer, which proposes tokens;
@@ -115,14 +115,22 @@ def chat(
     # Checks the options before the model is loaded, which may take minutes.
     require_stdout()
     SamplingParams(1 if max_gen_len is None else max_gen_len, temperature, top_p, seed=seed)
-    check_proposers(prompt_lookup, draft)
+    draft_checkpoint = open_draft(draft, prompt_lookup)
     llama = build_llama(
-        ckpt_dir, tokenizer_path, max_seq_len, dtype, seed, chat_format, quantize=quantize, compile=compile
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        dtype,
+        seed,
+        chat_format,
+        quantize=quantize,
+        compile=compile,
+        draft=draft_checkpoint,
     )
     formatter = cast(ChatFormat, llama.formatter)  # raises InputError if the model has no chat format
     options: SamplingOptions = {
         "prompt_lookup_num_tokens": prompt_lookup,
-        "draft_model": build_draft(draft, llama, dtype, quantize, compile),
+        "draft_model": build_draft(draft_checkpoint, llama, dtype, quantize, compile),
         "reuse_cache": True,
     }
     if not is_first_rank():

@@ -1,6 +1,6 @@
 """`llama complete`: continues a text."""
 
-from llama.cli.build import build_draft, build_llama, check_proposers
+from llama.cli.build import build_draft, build_llama, open_draft
 from llama.cli.terminal import print_piece, require_stdout, status_line, text_or_stdin, to_json
 from llama.errors import InputError
 from llama.sampling_options import SamplingOptions
@@ -43,13 +43,13 @@ def complete(
         stop: a text at which generation stops, and which is not part of the output; may be given several times
         seed: random seed: the same seed samples the same tokens; by default a different one each time
         max_seq_len: maximum number of tokens of text and continuation together; by default 4096, or the model's own
-            maximum if that is smaller
+            maximum if that is smaller, or draft's
         dtype: float32, float16 or bfloat16; by default bfloat16 if the device supports it or with quantize, else
-            float16 on CUDA and float32 on the CPU
+            float16 on CUDA and float32 on the CPU; counts for draft, too
         quantize: int8 or int4: keep the weights in 8 or 4 bits, which takes about a half or a third of the memory, and
-            loses some precision
+            loses some precision; counts for draft, too
         compile: compile the decoding step, so that it takes less time; compiling takes some 10 to 30 s, and only the
-            first time, since its result is kept on disk
+            first time, since its result is kept on disk; counts for draft, too
         prompt_lookup: speculative decoding: propose up to this many tokens at a time, those that followed when the
             latest ones occurred before; it takes less time where the continuation quotes the text
         draft: speculative decoding: the checkpoint of a smaller model with the same tokenizer, which proposes tokens;
@@ -65,13 +65,21 @@ def complete(
     SamplingParams(max_gen_len, temperature, top_p, True, top_k=top_k, stop=stop, top_logprobs=top_logprobs, seed=seed)
     if top_logprobs and not json:
         raise InputError(f"top_logprobs={top_logprobs} are printed as JSON only: add --json")
-    check_proposers(prompt_lookup, draft)
+    draft_checkpoint = open_draft(draft, prompt_lookup)
     prompt = text_or_stdin(text)
     llama = build_llama(
-        ckpt_dir, tokenizer_path, max_seq_len, dtype, seed, quantize=quantize, compile=compile, prompt=prompt
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        dtype,
+        seed,
+        quantize=quantize,
+        compile=compile,
+        prompt=prompt,
+        draft=draft_checkpoint,
     )
     options["prompt_lookup_num_tokens"] = prompt_lookup
-    options["draft_model"] = build_draft(draft, llama, dtype, quantize, compile)
+    options["draft_model"] = build_draft(draft_checkpoint, llama, dtype, quantize, compile)
     if json:
         (prediction,) = llama.text_completion(
             [prompt], temperature, top_p, max_gen_len, logprobs=True, details=True, **options
