@@ -96,6 +96,8 @@ def test_it_is_installed_as_llama():
     [
         (["chta"], 2, "error: llama: 'chta' is not a command; did you mean chat?"),
         (["--ckpt_dir", "x"], 2, "error: llama: --ckpt_dir must come after a command; see --help"),
+        (["--verson"], 2, "error: llama: unknown option '--verson'; did you mean --version?"),
+        (["--hepl", "chat"], 2, "error: llama: unknown option '--hepl'; did you mean --help?"),
         (["complete", "hi", "--temprature", "0"], 2, "error: llama complete: unknown option '--temprature'; did you"),
         (["complete", "hi", "--top_p", "2"], 1, "error: top_p=2 must be a number between 0 and 1"),
         (["complete", "--ckpt_dir", "--top_p", "1"], 2, "error: llama complete: argument --ckpt_dir: expected one"),

@@ -30,6 +30,8 @@ Command = Callable[..., None]
 
 OPTION = re.compile("--|-[A-Za-z]")  # how one begins; a negative number is none
 
+OWN_OPTIONS = ("--help", "--version")  # those of a program with several commands
+
 
 class LazyCommand(NamedTuple):
     """A command whose module is imported when it is needed, since importing torch takes over a second.
@@ -124,6 +126,8 @@ def find_call(component: Command | Mapping[str, LazyCommand], name: str, args: l
         if chosen.version:
             return functools.partial(print, f"{name} {llama.__version__}")
         if chosen.command is None:
+            if difflib.get_close_matches(args[0], OWN_OPTIONS, 1):
+                parser.error(f"unknown option {args[0]!r}; {suggestion(args[0], OWN_OPTIONS)}")
             parser.error(f"{args[0]} must come after a command; see --help")
         component, name, args = component[chosen.command].load(), f"{name} {chosen.command}", args[1:]
     return bind(component, name, args)
