@@ -111,6 +111,10 @@ def test_the_decode_loop(llama, gpu, prompts):
         {"num_beams": 2, "num_return_sequences": 2, "logits_processor": lambda input_ids, scores: scores * 2},
         {"logits_processor": lambda input_ids, scores: scores * 2},
         {"stop": "7 7"},
+        {"prompt_lookup_num_tokens": 3},
+        {"prompt_lookup_num_tokens": 3, "temperature": 0},
+        {"prompt_lookup_num_tokens": 3, "logits_processor": lambda input_ids, scores: scores * 2},
+        {"draft_model": None},
     ],
     ids=lambda options: " and ".join(options),
 )
@@ -119,6 +123,9 @@ def test_the_options_of_a_call(llama, gpu, prompts, options):
     token = (
         int(NUMBER) if "num_beams" in options else TOKEN
     )  # beams, their tokens and logprobs are copied as one tensor
+    if "draft_model" in options:
+        options = {"draft_model": Llama(on_gpu(), ScriptedTokenizer())}
+        gpu.clear()
     tokens, _ = llama.generate(prompts, 4, logprobs=True, **options)
     assert tokens == [[token] * (0 if "stop" in options else 4)] * (2 * options.get("num_return_sequences", 1))
     check_copies(gpu, *([torch.float32] if "num_beams" in options else []))
