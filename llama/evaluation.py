@@ -2,25 +2,23 @@
 
     python -m llama.evaluation --model llama --model_args ckpt_dir=Llama-3.2-1B --tasks hellaswag,gsm8k --batch_size 8
 
-This needs the package `lm-eval`. The scores are those of the harness's own class for Hugging Face models, on the same
-weights. Under torchrun every process makes the same calls on its share of the model, and rank 0 prints and writes.
+This needs the package `lm-eval`: `pip install "llama[eval]"`. The scores are those of the harness's own class for
+Hugging Face models, on the same weights. Under torchrun every process makes the same calls on its share of the model,
+and rank 0 prints and writes.
 """
 
+import difflib
 import hashlib
+import inspect
 import logging
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
 from llama.batch import generate_batch
@@ -30,18 +28,46 @@ from llama.device import dtype_named
 from llama.dialog import Dialog
 from llama.distributed import is_first_rank
 from llama.embeddings import batches_by_length, check_same_rows, checked_transformer, padded_hidden_states
-from llama.errors import InputError
+from llama.errors import InputError, MissingFileError
 from llama.generation import Llama
+from llama.log import escape_control_characters
 from llama.model_lock import lock_of
 from llama.non_finite import explain_non_finite
 from llama.sampling import token_logprobs
-from llama.sampling_options import SamplingOptions
 from llama.sampling_params import SamplingParams
 from llama.template_process import render
 from llama.tokenizer import Tokenizer
 from llama.vocab.vocabulary import without_surrogates
 
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "lm_eval":
+        raise
+    advice = 'llama.evaluation needs the package lm-eval: pip install "llama[eval]"'
+    if __name__ == "__main__":
+        sys.exit(f"error: {advice}")
+    raise ModuleNotFoundError(advice, name="lm_eval") from error
+
 logger = logging.getLogger("llama")
+
+# What a task's `generation_kwargs` may ask for, after the harness has chosen one of its names for `max_gen_toks`.
+TASK_OPTIONS = (
+    *("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "seed"),
+    *("num_beams", "length_penalty", "early_stopping", "prompt_lookup_num_tokens"),
+)
+
+# What options are called elsewhere.
+OTHER_NAMES = {"stop": "until", "stop_strings": "until", "stop_sequences": "until", "max_gen_len": "max_gen_toks"}
+OTHER_MODEL_ARGS = {
+    **{"pretrained": "ckpt_dir", "tokenizer": "tokenizer_path", "max_length": "max_seq_len"},
+    **{"max_batch_size": "batch_size", "torch_dtype": "dtype"},
+}
 
 # What the harness asks for, encoded: its texts, or None for a window of a longer text; the context; what is scored.
 EncodedRequest = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -77,10 +103,18 @@ class LlamaLM(TemplateLM):  # type: ignore[misc] # lm_eval has no types
         Args:
             arg_dict: the `model_args`.
             additional_config: the harness's `batch_size`, `max_batch_size` and `device`; None where they aren't given.
+
+        Raises:
+            InputError: a model argument that `build` doesn't have, or see there.
         """
         options = arg_dict | {name: value for name, value in (additional_config or {}).items() if value is not None}
         if options.get("device") == "cuda:0":  # the command's default, with or without a GPU, on every process
             del options["device"]
+        known = list(inspect.signature(build).parameters)
+        for name in options:
+            check_name(name, known, OTHER_MODEL_ARGS, "a model argument")
+        if "ckpt_dir" not in options:
+            raise InputError("ckpt_dir is missing, the checkpoint: --model_args ckpt_dir=FOLDER")
         return cls(build(**options))
 
     @classmethod
@@ -251,7 +285,8 @@ class LlamaLM(TemplateLM):  # type: ignore[misc] # lm_eval has no types
         """Continue each context up to a stop string, as the task's options say; greedily, if they say nothing else.
 
         Raises:
-            InputError: an option that `Llama.generate` doesn't have, or more new tokens than there is space for.
+            InputError: an option that isn't one of `TASK_OPTIONS`, a wrong value, or more new tokens than there is
+                space for.
         """
         answers = [""] * len(requests)
         groups: dict[str, list[int]] = {}  # requests with the same options
@@ -259,48 +294,35 @@ class LlamaLM(TemplateLM):  # type: ignore[misc] # lm_eval has no types
             groups.setdefault(repr(request.args[1]), []).append(i)
         bar = self._progress_bar(len(requests), "generate_until", disable_tqdm)
         for group in groups.values():
-            options = dict(normalize_gen_kwargs(requests[group[0]].args[1], self.max_gen_toks))
-            max_context = self.max_length - options["max_gen_toks"]
+            params = sampling_params(requests[group[0]].args[1], self.max_gen_toks)
+            max_context = self.max_length - params.max_gen_len
             if max_context < 1:
                 raise InputError(
-                    f"max_gen_toks={options['max_gen_toks']} new tokens leave no space for a context in "
+                    f"max_gen_toks={params.max_gen_len} new tokens leave no space for a context in "
                     f"max_seq_len={self.max_length}: build with a larger one, or lower it with --gen_kwargs"
                 )
             contexts = [self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in group]
             self._warn_of_shortened(sum(len(context) > max_context for context in contexts), len(contexts))
             contexts = [context[-max_context:] for context in contexts]
-            size = max(1, self.model.params.max_batch_size // int(options.get("num_beams", 1)))
+            size = max(1, self.model.params.max_batch_size // params.rows_per_prompt)
             for batch in batches_by_length(contexts, size):
-                for i, answer in zip(batch, self._generate([contexts[i] for i in batch], **options), strict=True):
+                for i, answer in zip(batch, self._generate([contexts[i] for i in batch], params), strict=True):
                     answers[group[i]] = answer
                     self.cache_hook.add_partial("generate_until", requests[group[i]].args, answer)
                 bar.update(len(batch))
         bar.close()
         return answers
 
-    def _generate(
-        self,
-        contexts: list[list[int]],
-        max_gen_toks: int,
-        until: list[str],
-        do_sample: bool,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        **options: Any,
-    ) -> list[str]:
+    def _generate(self, contexts: list[list[int]], params: SamplingParams) -> list[str]:
         """The texts that follow the contexts, without control tokens."""
-        if unknown := options.keys() - SamplingOptions.__annotations__.keys():
-            raise InputError(f"the task asks for {sorted(unknown)}, but Llama.generate has no such options")
-        stop = [string for string in until if string]
-        params = SamplingParams(max_gen_toks, temperature if do_sample else 0.0, top_p, stop=stop, **options)
-        ends = [*stop, self.tokenizer.token_text(self.eot_token_id)]
+        ends = [*params.stop_strings, self.tokenizer.token_text(self.eot_token_id)]
         special = set(self.tokenizer.special_tokens.values())
         answers = []
         for result in generate_batch(self.model, self.tokenizer, contexts, params):
             tokens = result.tokens
             text = self.tokenizer.decode([token for token in tokens if token not in special])
             # A stop string may begin within the last token: so many characters of it are not part of the answer.
-            ends_in_text = bool(stop and tokens and tokens[-1] not in special)
+            ends_in_text = bool(params.stop_strings and tokens and tokens[-1] not in special)
             n_cut = len(self.tokenizer.decode(tokens)) - len(result.text) if ends_in_text else 0
             # What is left may still spell a stop string: across a control token, or the end of the text in letters.
             answers.append(postprocess_generated_text(text[: len(text) - n_cut], ends, think_end_token=None))
@@ -319,6 +341,48 @@ class LlamaLM(TemplateLM):  # type: ignore[misc] # lm_eval has no types
         return tqdm(total=total, desc=f"Running {unit} requests", disable=disable or not is_first_rank())
 
 
+def sampling_params(gen_kwargs: dict[str, Any], max_gen_toks: int) -> SamplingParams:
+    """What a task's `generation_kwargs` ask for. `do_sample` without a temperature samples at 1, as in transformers.
+
+    Args:
+        gen_kwargs: of one request.
+        max_gen_toks: how many tokens are generated where they don't say it.
+
+    Raises:
+        InputError: an option that isn't one of `TASK_OPTIONS`, a wrong value, or `do_sample` at temperature 0.
+    """
+    if gen_kwargs.get("do_sample") and gen_kwargs.get("temperature") is None:
+        gen_kwargs = gen_kwargs | {"temperature": 1.0}  # for which the harness would take 0
+    try:
+        options = dict(normalize_gen_kwargs(gen_kwargs, max_gen_toks))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"generation_kwargs={gen_kwargs}: {error}") from error
+    for name in options:
+        check_name(name, TASK_OPTIONS, OTHER_NAMES, "an option of a task")
+    stop = [string for string in options.pop("until") if string]
+    do_sample, temperature = options.pop("do_sample"), options.pop("temperature", 0.0)
+    if not isinstance(do_sample, bool):
+        raise InputError(f"do_sample={do_sample!r} must be true or false")
+    if do_sample and temperature == 0:
+        raise InputError("do_sample=True asks for sampling, and temperature=0 for the likeliest tokens: give one")
+    temperature = temperature if do_sample else 0.0
+    return SamplingParams(options.pop("max_gen_toks"), temperature, options.pop("top_p", 1.0), stop=stop, **options)
+
+
+def check_name(name: str, known: Sequence[str], other_names: dict[str, str], kind: str) -> None:
+    """Raise InputError unless a name is a known one; it says which one was probably meant.
+
+    Args:
+        known: all names there are.
+        other_names: what some are called elsewhere.
+        kind: what they are names of, with its article.
+    """
+    if name not in known:
+        similar = [other_names[name]] if name in other_names else difflib.get_close_matches(name, known, 1, 0.75)
+        hint = f"did you mean {similar[0]}? There are" if similar else "there are"
+        raise InputError(f"{name!r} is not {kind} that this model has; {hint} {', '.join(known)}")
+
+
 def build(
     ckpt_dir: str | Path,
     tokenizer_path: str | Path | None = None,
@@ -328,27 +392,37 @@ def build(
     device: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    seed: int = 1,
+    compile: bool = False,
+    mmap: bool = True,
 ) -> Llama:
     """`Llama.build`, with arguments as the harness passes them.
 
     Args:
         batch_size: rows of a batch.
         dtype: "float32", "bfloat16" or "float16".
+        seed: what a task samples with that gives none itself.
 
     Raises:
         InputError: see `Llama.build`; or `batch_size` is "auto", which would have to run out of memory to find out.
     """
     if not str(batch_size).isdigit():
         raise InputError(f"batch_size={batch_size!r} must be a number")
+    for name, value in {"compile": compile, "mmap": mmap}.items():
+        if not isinstance(value, bool):
+            raise InputError(f"{name}={value!r} must be true or false")
     return Llama.build(
         ckpt_dir,
         tokenizer_path,
         max_seq_len,
         int(batch_size),
         model_parallel_size,
+        seed,
         device=device,
         dtype=dtype_named(dtype),
         quantize=quantize,
+        compile=compile,
+        mmap=mmap,
     )
 
 
@@ -356,7 +430,10 @@ def main() -> None:
     """The harness's command `lm_eval`, which knows the model `llama`."""
     if not is_first_rank():
         os.environ["LMEVAL_LOG_LEVEL"] = "ERROR"
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except (InputError, MissingFileError, MemoryError) as error:
+        sys.exit(escape_control_characters(f"error: {error}"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """lm-evaluation-harness: the same scores as with its own class for Hugging Face models, on the same weights."""
 
+import importlib
 import json
 import logging
 import os
+import re
+import runpy
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,8 +21,10 @@ import lm_eval.tasks
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import simple_parse_args_string
 
 import llama.embeddings
+import llama.evaluation
 from llama import Llama
 from llama.chat_format import Llama3Format
 from llama.embeddings import embed
@@ -243,9 +248,95 @@ def test_what_is_refused(ours, folder):
         ours.loglikelihood(instances("loglikelihood", [("x", "y" * 65)]), disable_tqdm=True)
     with pytest.raises(InputError, match="max_gen_toks=64 new tokens leave no space"):
         ours.generate_until(instances("generate_until", [("x", {"until": [], "max_gen_toks": 64})]), disable_tqdm=True)
-    options = {"until": [], "max_gen_toks": 4, "repetition_penalty": 1.2}
-    with pytest.raises(InputError, match=r"the task asks for \['repetition_penalty'\]"):
-        ours.generate_until(instances("generate_until", [("x", options)]), disable_tqdm=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"repetition_penalty": 1.2},
+            "'repetition_penalty' is not an option of a task that this model has; there are",
+        ),
+        ({"stop": ["a"]}, "'stop' is not an option of a task that this model has; did you mean until"),
+        ({"temprature": 1}, "did you mean temperature"),
+        ({"num_return_sequences": 2}, "'num_return_sequences' is not an option of a task"),
+        ({"num_beams": 0}, "num_beams=0 must be"),
+        ({"max_gen_toks": "many"}, "generation_kwargs=.*'many'"),
+        ({"do_sample": "yes"}, "do_sample='yes' must be true or false"),
+        ({"do_sample": True, "temperature": 0.0}, "do_sample=True asks for sampling, and temperature=0 for"),
+    ],
+)
+def test_options_of_a_task_that_are_refused(ours, options, message):
+    requests = instances("generate_until", [("x", {"until": [], "max_gen_toks": 4} | options)])
+    with pytest.raises(InputError, match=message):
+        ours.generate_until(requests, disable_tqdm=True)
+
+
+def test_sampling_without_a_temperature(ours):
+    """Which is 1 then, as transformers has it."""
+    options = {"until": [], "max_gen_toks": 20, "do_sample": True}
+    context = ours.tok_encode(TEXTS[0])
+    answers = []
+    for seed in range(3):
+        requests = instances("generate_until", [(TEXTS[0], options | {"seed": seed})])
+        answers += ours.generate_until(requests, disable_tqdm=True)
+        (tokens,), _ = ours.llama.generate([context], 20, temperature=1, top_p=1, seed=seed)
+        ordinary = [token for token in tokens if token not in ours.tokenizer.special_tokens.values()]
+        assert answers[-1] == ours.tokenizer.decode(ordinary)
+    assert len(set(answers)) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "pretrained=x",
+            "'pretrained' is not a model argument that this model has; did you mean ckpt_dir? There",
+        ),
+        (
+            "ckpt_dir=x,max_length=9",
+            "'max_length' is not a model argument that this model has; did you mean max_seq",
+        ),
+        ("ckpt_dir=x,max_seqlen=9", "did you mean max_seq_len?"),
+        ("ckpt_dir=x --max_batch_size 8", "did you mean batch_size?"),
+        ("max_seq_len=9", "ckpt_dir is missing, the checkpoint: --model_args ckpt_dir=FOLDER"),
+        ("ckpt_dir=x,compile=yes", "compile='yes' must be true or false"),
+        ("ckpt_dir=/nowhere", "ckpt_dir='/nowhere' does not exist"),
+    ],
+)
+def test_wrong_model_arguments_are_told_in_one_line(tasks, monkeypatch, arguments, message):
+    command = f"evaluation --model llama --model_args {arguments} --include_path {tasks} --tasks choices"
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code.startswith("error: ")
+    assert message in ended.value.code
+    assert "\n" not in ended.value.code
+
+
+def test_model_arguments_that_build_has(folder, monkeypatch):
+    """A seed, and whether steps are compiled and files mapped, which the command line gives as texts."""
+    built = []
+    monkeypatch.setattr(Llama, "build", lambda *args, **options: built.append((args, options)))
+    llama.evaluation.build(folder)
+    arguments = simple_parse_args_string(f"ckpt_dir={folder},seed=7,compile=True,mmap=false,max_seq_len=64")
+    llama.evaluation.build(**arguments)
+    (default, default_options), (args, options) = built
+    assert (default[5], default_options["compile"], default_options["mmap"]) == (1, False, True)
+    assert (args[2], args[5], options["compile"], options["mmap"]) == (64, 7, True, False)
+
+
+def test_without_the_harness(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "llama.evaluation")
+    advice = 'llama.evaluation needs the package lm-eval: pip install "llama[eval]"'
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("llama.evaluation", run_name="__main__")
+    assert ended.value.code == f"error: {advice}"
+    with pytest.raises(ModuleNotFoundError, match=re.escape(advice)):
+        importlib.import_module("llama.evaluation")
 
 
 def test_nan_is_an_error(llama3):
