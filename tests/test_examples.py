@@ -24,15 +24,13 @@ def downloaded():
     return default_checkpoint()
 
 
-def under_torchrun(*command):
-    return torchrun(1, *command)
+# Each is started by python and by torchrun: once with the default model, which takes long, and once with a tiny one.
 
 
 @pytest.mark.slow
 @pytest.mark.real
-@pytest.mark.parametrize("start", [run_python, under_torchrun], ids=["python", "torchrun"])
-def test_text_completion_without_arguments(downloaded, start):
-    result = start(f"{TEXT}.py")
+def test_text_completion_without_arguments(downloaded):
+    result = torchrun(1, f"{TEXT}.py")
     assert result.returncode == 0, result.stderr
     completions = re.findall(r"^> (.*?)\n\n====", result.stdout, re.MULTILINE | re.DOTALL)
     assert len(completions) == 4
@@ -43,19 +41,22 @@ def test_text_completion_without_arguments(downloaded, start):
 
 @pytest.mark.slow
 @pytest.mark.real
-@pytest.mark.parametrize("start", [run_python, under_torchrun], ids=["python", "torchrun"])
-def test_chat_completion_without_arguments(downloaded, start):
-    result = start(f"{CHAT}.py")
+def test_chat_completion_without_arguments(downloaded):
+    result = run_python(f"{CHAT}.py")
     assert result.returncode == 0, result.stderr
     turns = re.findall(r"^(System|User|Assistant): (.+)", result.stdout, re.MULTILINE)
     assert [role for role, _ in turns].count("Assistant") == 5  # four answers, and one that is part of a prompt
     assert "Rome" in turns[-1][1]
 
 
+def under_torchrun(*command):
+    return torchrun(1, *command)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [TEXT, CHAT])
-def test_in_a_process_of_its_own(tiny_checkpoint, name):
-    result = run_python(f"{name}.py", "--ckpt_dir", tiny_checkpoint, "--max_gen_len", "5")
+@pytest.mark.parametrize(("start", "name"), [(run_python, TEXT), (under_torchrun, CHAT)], ids=["python", "torchrun"])
+def test_in_a_process_of_its_own(tiny_checkpoint, start, name):
+    result = start(f"{name}.py", "--ckpt_dir", tiny_checkpoint, "--max_gen_len", "5")
     assert result.returncode == 0, result.stderr
     assert "GB of KV cache" in result.stderr
     assert result.stdout.count(SEPARATOR) == 4
