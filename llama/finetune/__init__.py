@@ -7,6 +7,18 @@ low-rank matrices in their place, and `training` is the loop. `run_folder` and `
 `command` is the command line.
 """
 
-from llama.finetune.command import finetune
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama.finetune.command import finetune
 
 __all__ = ["finetune"]
+
+
+def __getattr__(name: str) -> Any:
+    """`finetune`, imported when it is first used: its imports take a second, in which a program may be interrupted."""
+    if name == "finetune":
+        from llama.finetune.command import finetune
+
+        return finetune
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
