@@ -325,14 +325,15 @@ posix = pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 
 
 @posix
-def test_ctrl_c_while_torch_is_imported(tmp_path):
+@pytest.mark.parametrize("command", ["llama complete x", "llama.finetune --data x --out_dir y"])
+def test_ctrl_c_while_torch_is_imported(tmp_path, command):
     """Within the first second, in which Python's own answer is a traceback."""
     # Modules in C may turn the interruption into an error of their own.
     lines = ["import time", "print('importing', flush=True)", "try:", "    time.sleep(60)"]
     lines += ["except KeyboardInterrupt:", "    raise SystemError('initialization of torch._C failed')"]
     (tmp_path / "torch.py").write_text("\n".join(lines))
     path = f"{tmp_path}{os.pathsep}{ROOT}"
-    assert interrupt("-m", "llama", "complete", "x", PYTHONPATH=path)[:2] == (130, "")
+    assert interrupt("-m", *command.split(), PYTHONPATH=path)[:2] == (130, "")
 
 
 @posix
