@@ -36,6 +36,11 @@ PROGRAMS: dict[tuple[str, ...], int | None] = {
     ("kill_one",): 2,
     ("no_memory_to_build", "no_memory_to_generate"): None,
 }
+DRY_PROGRAMS: dict[tuple[str, ...], int | None] = {  # fewer, since starting them takes most of the time
+    ("serve", "fine_tune", "no_memory_to_build", "no_memory_to_generate"): 1,
+    ("refuse_same_gpu", "refuse_missing_gpu", "share_gpu", "raise_on_one"): 2,
+    ("kill_one",): 2,
+}
 
 
 class Finished(NamedTuple):
@@ -59,15 +64,16 @@ _finished: dict[tuple[str, ...], Finished] = {}  # several checks look at what o
 
 def run_program(job: str, context: Context) -> Finished:
     """Run the program that does a job, unless it has run already."""
-    jobs = next(jobs for jobs in PROGRAMS if job in jobs)
+    programs = DRY_PROGRAMS if context.dry else PROGRAMS
+    jobs = next(jobs for jobs in programs if job in jobs)
     if jobs not in _finished:
-        _finished[jobs] = start_program(jobs, context)
+        _finished[jobs] = start_program(jobs, programs[jobs], context)
     return _finished[jobs]
 
 
-def start_program(jobs: tuple[str, ...], context: Context) -> Finished:
+def start_program(jobs: tuple[str, ...], n_ranks: int | None, context: Context) -> Finished:
     """Run a program to its end; AssertionError if it goes on for too long."""
-    folder, n_ranks, command = context.folder, PROGRAMS[jobs], [sys.executable]
+    folder, command = context.folder, [sys.executable]
     write_model(context)
     if n_ranks is not None:
         command += ["-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]

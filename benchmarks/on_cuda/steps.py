@@ -99,12 +99,13 @@ def compare_captured(model: Transformer, prompts: list[list[int]], n_steps: int,
 def check_captured(name: str, dtype: torch.dtype, context: Context) -> None:
     """Over the edge of what a captured step attends to, for several batches, and to the end of the context."""
     device = prepare(context)
-    model = random_model(name, context, device, dtype, max_seq_len=600)
+    max_seq_len = 300 if context.dry else 600
+    model = random_model(name, context, device, dtype, max_seq_len=max_seq_len)
     capture_steps(model)
-    edge = next(end for end in range(2, 600) if fixed_end(end + 1, 600) > fixed_end(end, 600))
+    edge = next(end for end in range(2, max_seq_len) if fixed_end(end + 1, max_seq_len) > fixed_end(end, max_seq_len))
     context.record("first edge", edge)
     n_steps, n_equal = 3 if context.dry else 8, 0
-    for last in (edge, 599):  # the position of the last step
+    for last in (edge, max_seq_len - 1):  # the position of the last step
         longest = last - n_steps + 2
         for lengths in ([longest], [longest] * 3, [longest, longest - 3, 20]):
             compare_captured(model, random_prompts(lengths, model.params.vocab_size), n_steps, f"{lengths}")
