@@ -21,15 +21,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 from run_command import Runner, Stdin
 
-import llama.inspection
 from llama import Llama
 from llama.cli.inspect import print_inspection, token_name
-from llama.cli.inspect_format import format_settings, percent, readable, surprise_level
-from llama.cli.inspect_page import STYLE
-from llama.cli.token_statistics import text_statistics
 from llama.errors import CheckpointError, InputError
 from llama.files import writable_file
 from llama.inspection import inspect_text, inspect_tokens
+from llama.inspection.formatting import format_settings, percent, readable, surprise_level
+from llama.inspection.page import STYLE
+from llama.inspection.token_statistics import text_statistics
 from llama.model_lock import lock_of
 from llama.output_folder import write_whole
 
@@ -67,7 +66,7 @@ def inspection(tiny, ids):
 @pytest.mark.parametrize("max_logits", [7 * 524, 2**23])
 def test_statistics_agree_with_transformers(tiny, ids, monkeypatch, max_logits):
     """Each number follows from its definition and another implementation's probabilities, for any block size."""
-    monkeypatch.setattr(llama.inspection, "MAX_LOGITS", max_logits)
+    monkeypatch.setattr("llama.inspection.inspect.MAX_LOGITS", max_logits)
     inspection = inspect_tokens(tiny.model, tiny.tokenizer, ids, alternatives=4)
     with torch.no_grad():
         logits = hugging_face_twin(tiny.model).double()(torch.tensor([ids])).logits[0]  # (seq, vocab_size)
@@ -76,7 +75,7 @@ def test_statistics_agree_with_transformers(tiny, ids, monkeypatch, max_logits):
 
 @pytest.mark.parametrize("max_logits", [7 * 524, 2**23])
 def test_statistics_follow_from_the_logits(tiny, ids, monkeypatch, max_logits):
-    monkeypatch.setattr(llama.inspection, "MAX_LOGITS", max_logits)
+    monkeypatch.setattr("llama.inspection.inspect.MAX_LOGITS", max_logits)
     inspection = inspect_tokens(tiny.model, tiny.tokenizer, ids, alternatives=4)
     with torch.no_grad():
         check_statistics(inspection, ids, tiny.model(torch.tensor([ids]))[0].double())
@@ -268,6 +267,16 @@ def test_a_text_and_its_continuation(tiny):
     assert repr(expected) == f"<Inspection: n_tokens={len(ids + generated)}, logprob={logprob:.2f}>"
     with pytest.raises(InputError, match=r"only what Llama\.build makes can be inspected, not .*ScriptedModel"):
         inspect_text(Llama(ScriptedModel(), tiny.tokenizer), text)
+
+
+def test_the_library_s_part_needs_none_of_the_command():
+    """Such as argparse, or what draws at a terminal."""
+    modules = list((ROOT / "llama" / "inspection").glob("*.py"))
+    assert len(modules) > 3
+    for module in modules:
+        names = set(re.findall(r"^ *(?:from|import) ([\w.]+)", module.read_text(encoding="utf-8"), re.MULTILINE))
+        assert any(name.startswith("llama.") for name in names), module
+        assert not {name for name in names if name.startswith("llama.cli")} | names & {"argparse", "rich"}, module
 
 
 # Texts

@@ -7,13 +7,13 @@ from rich.table import Table
 from rich.text import Text as StyledText
 
 from llama.cli.build import build_llama
-from llama.cli.inspect_format import LEGEND, figures, format_settings, percent, readable, surprise_level
 from llama.cli.terminal import require_stdout, text_or_stdin
-from llama.cli.token_statistics import SamplingDistribution, TokenStatistics
 from llama.default_model import default_checkpoint
 from llama.distributed import is_first_rank
 from llama.files import writable_file
 from llama.inspection import Inspection, inspect_text
+from llama.inspection.formatting import LEGEND, figures, format_settings, percent, readable, surprise_level
+from llama.inspection.token_statistics import SamplingDistribution, TokenStatistics
 from llama.log import escape_control_characters
 from llama.output_folder import write_whole
 from llama.sampling_params import SamplingParams, check_number

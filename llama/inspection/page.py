@@ -1,4 +1,4 @@
-"""The page of `llama inspect --html`: one HTML file without scripts, which fetches nothing.
+"""The page of an inspection: one HTML file without scripts, which fetches nothing.
 
 Every text that a model or a user wrote is passed through `escape`, which also makes invisible characters visible.
 """
@@ -8,11 +8,11 @@ import hashlib
 import html
 from pathlib import Path
 
-from llama.cli.inspect_format import LEGEND, Figure, figures, format_settings, percent, readable, surprise_level
-from llama.cli.token_statistics import Candidate, SamplingDistribution, TokenStatistics
+from llama.inspection.formatting import LEGEND, Figure, figures, format_settings, percent, readable, surprise_level
+from llama.inspection.token_statistics import Candidate, SamplingDistribution, TokenStatistics
 
 TITLE = "How sure was the model?"
-STYLE = (Path(__file__).parent / "inspect_page.css").read_text(encoding="utf-8")
+STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 # Content-Security-Policy: markup that got in with a text could run, load and restyle nothing.
 POLICY = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; style-src 'sha256-{}'"

@@ -4,7 +4,7 @@ import unicodedata
 from collections.abc import Callable
 from typing import NamedTuple
 
-from llama.cli.token_statistics import SamplingDistribution, TextStatistics, TokenStatistics, text_statistics
+from llama.inspection.token_statistics import SamplingDistribution, TextStatistics, TokenStatistics, text_statistics
 
 # The colour of a token is its surprise level: the number of these probabilities that its own is below.
 LEVELS = (0.5, 0.2, 0.05, 0.01, 0.001)

@@ -1,9 +1,4 @@
-"""How likely a model found each token of a text, and how the next token would be sampled, in a program or a notebook.
-
-    ids -> one forward pass without the cache -> logits of each position -> statistics of each token
-
-A notebook shows an `Inspection` as the page that `llama inspect --html` writes.
-"""
+"""The inspection of a text: what the network predicts at each of its tokens, in one forward pass without the cache."""
 
 import html
 from collections.abc import Sequence
@@ -11,8 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from llama.cli.inspect_page import render_page
-from llama.cli.token_statistics import (
+from llama.embeddings import check_same_rows, padded_hidden_states
+from llama.errors import InputError
+from llama.generation import Llama
+from llama.inspection.page import render_page
+from llama.inspection.token_statistics import (
     Candidate,
     SamplingDistribution,
     TokenStatistics,
@@ -20,9 +18,6 @@ from llama.cli.token_statistics import (
     sampling_distribution,
     text_statistics,
 )
-from llama.embeddings import check_same_rows, padded_hidden_states
-from llama.errors import InputError
-from llama.generation import Llama
 from llama.model import Transformer
 from llama.model_lock import lock_of
 from llama.non_finite import explain_non_finite
