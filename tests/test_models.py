@@ -141,40 +141,40 @@ def divisors(model: Transformer) -> list[float] | None:
     return (plain / model.freqs_cis[1].angle()).tolist()
 
 
-def logits(llama: Llama, tokens: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode():
-        return torch.cat([llama.model.forward(tokens[:, : i + 1], 0)[:, -1:] for i in range(tokens.shape[1])], dim=1)
+@pytest.fixture(scope="module")
+def expected(folder):
+    """Tokens, and the logits that transformers computes for them."""
+    vocab_size = json.loads((folder / LAYOUTS[0] / "config.json").read_text())["vocab_size"]
+    tokens = torch.randint(vocab_size, (1, 64), generator=torch.Generator().manual_seed(1))
+    return tokens, hugging_face_logits(folder / LAYOUTS[0], tokens)
 
 
-def prompts(llama: Llama) -> list[list[int]]:
+@pytest.fixture(scope="module")
+def dialogs():
     generator = random.Random(5)
-    return [llama.formatter.encode_dialog_prompt(random_dialog(generator)) for _ in range(20)]
+    return [random_dialog(generator) for _ in range(20)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_family_in_a_layout(folder, family, layout, tmp_path):
+def test_a_family_in_a_layout(folder, family, layout, expected, dialogs, tmp_path):
     """Its logits and its chat prompts are those of transformers, also after conversion to Meta's layout."""
     import transformers
-
-    llama = Llama.build(folder / layout, None, 96, 1, device="cpu", dtype=torch.float32)
-    tokens = torch.randint(llama.tokenizer.n_words, (1, 64), generator=torch.Generator().manual_seed(1))
-    assert torch.allclose(logits(llama, tokens), hugging_face_logits(folder / LAYOUTS[0], tokens), rtol=0, atol=1e-4)
 
     theirs = transformers.AutoTokenizer.from_pretrained(folder / LAYOUTS[0])
     if layout == "GGUF" and family.style.config.get("legacy"):
         write_folder(tmp_path / "tokenizer", family.style._replace(config={}))  # GGUF doesn't say legacy
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    generator = random.Random(5)
-    dialogs = [random_dialog(generator) for _ in range(20)]
-    expected = [theirs.apply_chat_template(d, add_generation_prompt=True, return_dict=False) for d in dialogs]
-    assert prompts(llama) == expected
-    assert theirs.convert_tokens_to_ids(family.style.end_of_turn) in llama.tokenizer.stop_tokens
-
+    prompts = [theirs.apply_chat_template(d, add_generation_prompt=True, return_dict=False) for d in dialogs]
+    tokens, expected_logits = expected
+    stop_tokens = []
     convert(folder / layout, tmp_path / "meta")
-    converted = Llama.build(tmp_path / "meta", None, 96, 1, device="cpu", dtype=torch.float32)
-    assert torch.allclose(logits(converted, tokens), logits(llama, tokens), rtol=0, atol=1e-4)
-    assert prompts(converted) == expected
-    assert converted.tokenizer.stop_tokens == llama.tokenizer.stop_tokens
+    for path in (folder / layout, tmp_path / "meta"):
+        llama = Llama.build(path, None, 96, 1, device="cpu", dtype=torch.float32)
+        assert torch.allclose(llama.model.forward(tokens, 0), expected_logits, rtol=0, atol=1e-4)
+        assert [llama.formatter.encode_dialog_prompt(dialog) for dialog in dialogs] == prompts
+        stop_tokens.append(llama.tokenizer.stop_tokens)
+    assert theirs.convert_tokens_to_ids(family.style.end_of_turn) in stop_tokens[0]
+    assert stop_tokens[1] == stop_tokens[0]
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.in_meta_layout])
