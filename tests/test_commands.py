@@ -737,3 +737,12 @@ def test_the_default_model():
     assert printed["chat format"] == "the model's own template, from tokenizer.chat_template"
     completed = start_llama("complete", "I believe the meaning of life is", *GREEDY)
     assert completed.stdout == " to find a way to live a life that\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "right"),
+    [(["complete", "x", "--max-new-tokens=3"], "--max_gen_len"), (["chat", "--model", "x"], "--ckpt_dir")],
+)
+def test_options_by_the_names_of_other_programs(runner, arguments, right):
+    result = runner.llama(*arguments)
+    assert (result.returncode, f"did you mean {right}?" in result.stderr) == (2, True)

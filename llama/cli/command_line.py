@@ -28,6 +28,7 @@ from llama.log import LogHandler, escape_control_characters, print_message
 
 Command = Callable[..., None]
 
+OTHER_NAMES = {"max_new_tokens": "--max_gen_len", "max_tokens": "--max_gen_len", "model": "--ckpt_dir"}  # elsewhere
 OPTION = re.compile("--|-[A-Za-z]")  # how one begins; a negative number is none
 
 OWN_OPTIONS = ("--help", "--version")  # those of a program with several commands
@@ -241,6 +242,8 @@ def literal(text: str) -> Any:
 
 
 def suggestion(typed: str, known: Iterable[str]) -> str:
-    """Return what to do about a wrong name: the most similar one among those there are."""
-    similar = difflib.get_close_matches(typed.split("=")[0], list(known), 1)
+    """Return what to do about a wrong name: the right one, or the most similar one among those there are."""
+    known, name = list(known), typed.split("=")[0]
+    other_name = OTHER_NAMES.get(name.replace("-", "_").lstrip("_"))
+    similar = [other_name] if other_name in known else difflib.get_close_matches(name, known, 1)
     return f"did you mean {similar[0]}?" if similar else "see --help"
