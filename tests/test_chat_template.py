@@ -15,7 +15,7 @@ from llama.chat_format import TemplateFormat
 from llama.chat_template import HiddenTexts
 from llama.errors import CheckpointError, InputError
 
-N_DIALOGS = 200
+N_DIALOGS = 100
 SOURCES = ("tokenizer_config.json", "chat_template.jinja", "tokenizer.chat_template")
 
 
@@ -71,7 +71,7 @@ def hostile_content(generator: random.Random, control_tokens: list[str]) -> str:
 
 def test_no_content_spells_a_control_token(formats, style):
     generator = random.Random(7)
-    for formatter in formats:
+    for formatter in formats[1:]:  # the first two differ only in which file has the template
         tokenizer = formatter.tokenizer
         names = {*tokenizer.special_tokens, *style.special, style.end_of_turn, "<s>", "</s>", "<unk>"}
         names |= {name for name in style.ordinary if "think" not in name}
@@ -80,7 +80,7 @@ def test_no_content_spells_a_control_token(formats, style):
         assert formatter.template.control_tokens == set(control_tokens) - (
             {"<think>"} if "<｜User｜>" not in names else set()
         )
-        for _ in range(100):  # dialogs, for each of three sources and eight styles
+        for _ in range(60):  # dialogs, for each of two sources and of all styles
             contents = [hostile_content(generator, control_tokens) for _ in range(3)]
             # DeepSeek's template takes what follows </think>, the last one shortens contents: neither is at issue here.
             roles = ("user", "assistant", "user")
@@ -214,10 +214,10 @@ def test_hidden_texts_come_back(text):
 def test_the_turns_of_a_dialog_to_learn_from(template_tokenizers, formats):
     """Learned are exactly the assistant's contents and end tokens; before each answer stands the prompt for it."""
     generator = random.Random(3)
-    for formatter in formats:
+    for formatter in formats[1:]:  # the first two differ only in which file has the template
         tokenizer = formatter.tokenizer
         stop_tokens = {name for token in tokenizer.stop_tokens for name in [tokenizer.token_text(token)]}
-        for _ in range(60):
+        for _ in range(40):
             dialog = random_dialog(generator, generator.randrange(1, 4))[:-1]
             if not all(message["content"].strip() for message in dialog if message["role"] == "assistant"):
                 continue
@@ -480,7 +480,7 @@ def test_damaged_templates_raise_our_exceptions(llama3):
     tokenizer = copy.copy(llama3)
     dialog = random_dialog(generator, 2)
     n_encoded = 0
-    for _ in range(100):
+    for _ in range(50):
         source = generator.choice(sources)
         for _ in range(generator.randrange(1, 4)):
             begin = generator.randrange(len(source))
@@ -498,4 +498,4 @@ def test_damaged_templates_raise_our_exceptions(llama3):
             continue
         n_encoded += 1
         assert all(0 <= token < tokenizer.n_words for token in tokens)
-    assert 0 < n_encoded < 100
+    assert 0 < n_encoded < 50
