@@ -15,7 +15,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, Ranks, ScriptedModel, hugging_face_twin, load, tiny_model, torchrun
+from conftest import ROOT, Ranks, ScriptedModel, hugging_face_twin, load, tiny_model
+from forked import fork_python
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -437,7 +438,7 @@ def test_two_processes(runner, tiny_checkpoint, tmp_path):
         f"for options in ([], ['--html', {str(tmp_path / 'page.html')!r}]):\n"
         f"    run(inspect, 'llama inspect', {args!r} + options)\n"
     )
-    one, two = runner.llama("inspect", *args), torchrun(2, script)
+    one, two = runner.llama("inspect", *args), fork_python(script, ranks=2)
     assert two.returncode == 0, two.stderr
     expected, numbers = (
         re.findall(r"^(?:perplexity|mean entropy, in nats) +([\d.]+)", run.stdout, re.MULTILINE) for run in (one, two)
