@@ -475,7 +475,7 @@ def test_names_in_files_cannot_control_the_terminal(tmp_path, tiny_checkpoint):
     result = start_llama("complete", "the", "--ckpt_dir", tmp_path)
     assert result.returncode == 1
     assert "␛]0;owned␇" in result.stderr
-    assert "y␛[2J" in result.stderr
+    assert r"['y\x1b[2J']" in result.stderr
     assert "\x1b" not in result.stderr
 
 

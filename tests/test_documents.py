@@ -68,11 +68,14 @@ def test_programs_of_the_readme(capsys):
 
 @pytest.mark.real
 def test_programs_of_decoding(capsys):
-    build, several, processed, scores, conversation, stream, threads = run_programs("docs/decoding.md", capsys)
+    build, several, details, proposed, scores, conversation, stream, threads = run_programs("docs/decoding.md", capsys)
     assert build == ""
     assert several.count("\n") == 6
-    assert processed.count("\n") == 2
-    assert "." not in processed
+    *likeliest, counts = details.splitlines()
+    assert [len(ast.literal_eval(line)) for line in likeliest] == [2, 2, 2]
+    assert counts.split()[-1] == "3"
+    n_tokens, n_proposed = map(int, re.findall(r"\d+", proposed))
+    assert n_proposed > n_tokens / 2
     blue, cheese = ast.literal_eval(scores)
     assert cheese < blue < 0
     assert "Paris" in conversation
