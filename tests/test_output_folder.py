@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_python
 
+from llama.convert import convert
 from llama.errors import InputError
 from llama.output_folder import check_free, exclusive, new_folder, output_path
 
@@ -147,6 +148,16 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     (tmp_path / ".a[1].lock").write_text("123456")
     write(tmp_path / "a[1]")
     assert names(tmp_path) == sorted([*others, "a[1]"])
+
+
+def test_what_a_conversion_left_that_was_killed_in_its_last_moment_is_removed(tmp_path, tiny_checkpoint):
+    """Its folder is complete, and the next run is refused."""
+    out = tmp_path / "out"
+    convert(tiny_checkpoint, out)
+    (tmp_path / ".out.lock").write_text("1")
+    with pytest.raises(InputError, match="out is there already"):
+        convert(tiny_checkpoint, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_second_writer_is_refused_and_disturbs_nothing(tmp_path):

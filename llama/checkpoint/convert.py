@@ -13,7 +13,7 @@ from llama.checkpoint.parameters import parameter_shapes
 from llama.checkpoint.save import write_checkpoint
 from llama.device import dtype_named
 from llama.model_args import ModelArgs
-from llama.output_folder import check_free, output_path
+from llama.output_folder import check_free, exclusive, output_path
 from llama.tokenizer import Tokenizer
 
 logger = logging.getLogger("llama")
@@ -44,7 +44,10 @@ def convert(
         adapter: the folder of a PEFT LoRA adapter, which was trained on this checkpoint; it is computed in float32
     """
     requested_dtype = dtype_named(dtype)
-    check_free(output_path(to))
+    target = output_path(to)
+    if target.exists():
+        with exclusive(target):  # which also removes what a run has left that was killed in its last moment
+            check_free(target)
     checkpoint = open_checkpoint(from_)
     tokenizer = find_tokenizer(checkpoint, tokenizer_path)
     vocab_size = checkpoint.settings.params.get("vocab_size", -1) if tokenizer is None else tokenizer.n_words
