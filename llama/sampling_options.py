@@ -95,7 +95,7 @@ def takes_sampling_options(
     def decorate(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         signature, options = inspect.signature(method), SamplingOptions.__annotations__
         parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        known = {*signature.parameters, *options}
+        known = {*(parameter.name for parameter in parameters), *options}
         for name, annotation in options.items():
             if name not in hidden:
                 default = SamplingParams.__dataclass_fields__[name].default

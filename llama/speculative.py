@@ -229,7 +229,7 @@ def accept_or_resample(
     Args:
         probs: p, (rows, vocab_size).
         proposed: (rows) ids; -1 where there is none.
-        draft_probs: q, (rows, vocab_size); None where nothing else could be proposed.
+        draft_probs: q, (rows, vocab_size); None where the proposed tokens are certain.
         generator: None for torch's default one.
 
     Returns:

@@ -52,6 +52,7 @@ def test_positional_arguments_are_those_of_the_reference():
         ("beams", r"did you mean num_beams\?"),
         ("stop_sequence", "it is called stop here"),
         ("min_p", "give transformers' MinPLogitsWarper as logits_processor"),
+        ("options", r"there are prompts, "),
         ("xyz", r"there are prompts, temperature, .*, top_logprobs"),
     ],
 )
