@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -22,6 +23,7 @@ from gpt2 import GPT2, GPT2Params
 
 from llama import Llama
 from llama.errors import CheckpointError
+from llama.model_lock import Call, CallQueue, ModelLock, join
 from llama.sampling import sampling_probs
 from llama.speculative import MAX_NGRAM, DraftModel, PromptLookup, accept_or_resample, continuation
 
@@ -401,6 +403,23 @@ def test_models_that_are_each_others_draft(llama):
         results = list(threads.map(call, range(40), timeout=60))
     for number, result in enumerate(results):
         assert result == expected[1][0][0] if number % 3 == 0 else result is True
+
+
+def test_calls_stand_in_the_same_order_in_the_queues_of_both_models(monkeypatch):
+    """Even if the first is held up between them."""
+    locks, calls, queue_join = [ModelLock(), ModelLock()], [Call(), Call()], CallQueue.join
+
+    def slow_join(queue, call):
+        queue_join(queue, call)
+        time.sleep(0.3 if call is calls[0] else 0.0)
+
+    monkeypatch.setattr(CallQueue, "join", slow_join)
+    first = threading.Thread(target=join, args=(calls[0], locks))
+    first.start()
+    time.sleep(0.1)
+    join(calls[1], locks)
+    first.join()
+    assert locks[0].queue.calls == locks[1].queue.calls == calls
 
 
 def test_a_processor_cannot_call_the_draft_that_proposes_for_it(llama):
